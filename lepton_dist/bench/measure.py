@@ -1,0 +1,117 @@
+"""The benchmark's cases, run through the controller like any other requests."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from lepton_dist.bench.limits import MachineLimits
+from lepton_dist.bench.workload import Lengths, equal_lengths, make_requests, offline_lengths
+from lepton_dist.engine.request import Request
+from lepton_dist.errors import LeptonError
+from lepton_dist.plan.plan import Plan
+from lepton_dist.runtime.controller import Controller
+from lepton_dist.runtime.opening import ModelRequest, open_model
+from lepton_dist.runtime.session import Blueprint
+
+DECODES = {"decode b1": (1, 512), "decode b8": (8, 512), "decode b32": (32, 32)}
+CASES = ("prefill", *DECODES, "offline")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One case: the median of its repeats, their range, and the limit. Rates are tokens/s; `load` is in seconds."""
+
+    case: str
+    value: float
+    lowest: float
+    highest: float
+    unit: str
+    limit: float | None = None
+
+    @property
+    def share(self) -> float | None:
+        """The value as a part of the limit."""
+        return None if self.limit is None else self.value / self.limit
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "share": self.share}
+
+
+class Measurement:
+    """A model under one setting: loaded, warmed up, and put through the cases."""
+
+    def __init__(self, controller: Controller, request: ModelRequest, plan: Plan, output_tokens: int) -> None:
+        # Without prefix reuse: a repeat must not find the work of the one before.
+        self._controller, self._output_tokens = controller, output_tokens
+        start = time.perf_counter()
+        engine = replace(plan.engine, prefix_cache=False)
+        self._blueprint: Blueprint = open_model(controller, replace(request, plan=replace(plan, engine=engine)))
+        self.load_s = time.perf_counter() - start
+        self._num_runs = 0
+        self._run(equal_lengths(2, 32, 4))
+
+    def close(self) -> None:
+        """End the session."""
+        self._controller.close()
+
+    def case(self, name: str, repeats: int, limits: MachineLimits | None) -> Figure:
+        """The figure of one case."""
+        values = [self._once(name) for _ in range(repeats)]
+        limit = None if limits is None else self._limit(name, limits)
+        return Figure(name, statistics.median(values), min(values), max(values), "tokens/s", limit)
+
+    def _once(self, name: str) -> float:
+        if name == "prefill":
+            return 512 / self._run(equal_lengths(1, 512, 1))
+        if name == "offline":
+            lengths = offline_lengths()
+            return sum(item.output for item in lengths) / self._run(lengths)
+        count, context = DECODES[name]
+        # The same prompts with one token of output and with many: the difference is decoding.
+        short = self._run(equal_lengths(count, context, 1))
+        long = self._run(equal_lengths(count, context, 1 + self._output_tokens))
+        return count * self._output_tokens / max(long - short, 1e-9)
+
+    def _run(self, lengths: list[Lengths]) -> float:
+        """Seconds from the first request handed over to the last one finished."""
+        self._num_runs += 1
+        requests = make_requests(lengths, self._blueprint.config.shape.vocab, seed=self._num_runs)
+        for request in requests:
+            self._controller.check(request)
+        wanted = {request.key: request for request in requests}
+        start = time.perf_counter()
+        for request in requests:
+            self._controller.submit(request)
+        while self._controller.num_outstanding:
+            for key, output in self._controller.advance():
+                _check_length(wanted[key], len(output.completions[0].token_ids))
+        return time.perf_counter() - start
+
+    def _limit(self, name: str, limits: MachineLimits) -> float | None:
+        """Tokens/s if nothing but the weights (and, in decoding, the KV cache) took time; on one replica's ranks."""
+        weights = self._weights()
+        if name == "prefill":
+            return limits.matmul_flops_per_s / (2 * weights)
+        if name not in DECODES:
+            return None
+        count, context = DECODES[name]
+        shape = self._blueprint.config.shape
+        kv = count * (context + self._output_tokens / 2) * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
+        step_s = 2 * (weights + kv) / limits.read_bytes_per_s
+        compute_s = 2 * weights * count / limits.matmul_flops_per_s
+        return count / max(step_s, compute_s)
+
+    def _weights(self) -> int:
+        """Weights that a token is multiplied with: all but the embedding's rows."""
+        total = sum(tensor.num_bytes // tensor.dtype.itemsize for tensor in self._blueprint.index.tensors.values())
+        shape = self._blueprint.config.shape
+        return total - (0 if self._blueprint.config.is_tied else shape.vocab * shape.hidden)
+
+
+def _check_length(request: Request, length: int) -> None:
+    if length != request.sampling.max_tokens:
+        raise LeptonError(f"request {request.key} ended after {length} of {request.sampling.max_tokens} tokens")

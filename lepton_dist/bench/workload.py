@@ -1,0 +1,46 @@
+"""What the benchmark runs: prompts of random tokens, seeded, as requests."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+from lepton_dist.config.sampling import SamplingParams
+from lepton_dist.engine.request import Request
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of one request."""
+
+    prompt: int
+    output: int
+
+
+def equal_lengths(count: int, prompt: int, output: int) -> list[Lengths]:
+    """`count` requests alike."""
+    return [Lengths(prompt, output)] * count
+
+
+def offline_lengths(count: int = 64, seed: int = 0) -> list[Lengths]:
+    """Lengths log-uniform: 16 to 512 tokens in, 8 to 128 out."""
+    source = random.Random(seed)
+
+    def draw(low: int, high: int) -> int:
+        return round(math.exp(source.uniform(math.log(low), math.log(high))))
+
+    return [Lengths(draw(16, 512), draw(8, 128)) for _ in range(count)]
+
+
+def make_requests(lengths: list[Lengths], vocab: int, seed: int) -> list[Request]:
+    """Greedy requests that run to their full length."""
+    source = random.Random(seed)
+    return [
+        Request(
+            key=f"{seed}/{index}",
+            prompt=[source.randrange(3, vocab) for _ in range(item.prompt)],
+            sampling=SamplingParams(max_tokens=item.output, temperature=0.0, ignore_eos=True, seed=0),
+        )
+        for index, item in enumerate(lengths)
+    ]

@@ -1,0 +1,102 @@
+"""`lepton-dist bench`: measure a model, or a shape of one, under one setting or several."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lepton_dist.bench.limits import MachineLimits, measure_limits
+from lepton_dist.bench.measure import CASES, Figure, Measurement
+from lepton_dist.bench.settings import Setting, parse_setting
+from lepton_dist.bench.shapes import SHAPES, shaped_model
+from lepton_dist.errors import UsageError
+from lepton_dist.plan.plan import Plan
+from lepton_dist.runtime.controller import Controller
+from lepton_dist.runtime.opening import ModelRequest, load_plan_document
+from lepton_dist.runtime.run import run
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of this command."""
+    parser.add_argument("--model", metavar="DIR", help="a checkpoint; by default one of --shape is made")
+    parser.add_argument("--shape", choices=SHAPES, default="160m", help="a Llama shape with random weights (160m)")
+    parser.add_argument("--folder", metavar="DIR", default=".", help="where models of a shape are made and kept (.)")
+    parser.add_argument("--plan", metavar="FILE", help="the plan of the setting `plan`")
+    parser.add_argument("--compare", metavar="A,B", default="plan", help="settings, such as plain,tp2,pp2+fp32")
+    parser.add_argument("--cases", metavar="A,B", default=",".join(CASES), help=f"of {', '.join(CASES)}")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each case (3)")
+    parser.add_argument("--output-tokens", type=int, default=32, metavar="N", help="decoded tokens of a request (32)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="threads a rank")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """Measure and print a table; returns the exit code.
+
+    Raises:
+        UsageError: an option is wrong.
+    """
+    cases = options.cases.split(",")
+    for case in cases:
+        if case not in CASES:
+            raise UsageError(f"--cases: {case!r} is unknown; known: {', '.join(CASES)}")
+    if options.repeats < 1 or options.output_tokens < 1:
+        raise UsageError("--repeats and --output-tokens must be at least 1")
+    return run(lambda controller, interrupts: _bench(controller, options, cases))
+
+
+def _bench(controller: Controller, options: argparse.Namespace, cases: list[str]) -> int:
+    plan, _ = load_plan_document(options.plan)
+    settings = [parse_setting(name, controller.world.size) for name in options.compare.split(",")]
+    model = options.model or str(shaped_model(options.shape, Path(options.folder)))
+    table: dict[str, list[Figure]] = {}
+    for setting in settings:
+        table[setting.name] = _measure(controller, options, cases, setting, plan, model)
+    _print(table)
+    if options.json:
+        _write_json(Path(options.json), model, table)
+    return 0
+
+
+def _measure(
+    controller: Controller,
+    options: argparse.Namespace,
+    cases: list[str],
+    setting: Setting,
+    given: Plan | None,
+    model: str,
+) -> list[Figure]:
+    plan = setting.plan or given or Plan.default(controller.world.nodes)
+    request = ModelRequest(model, plan, setting.dtype, options.threads)
+    measurement = Measurement(controller, request, plan, options.output_tokens)
+    # Measured with this rank's threads: comparable to a plan whose ranks together use the same cores.
+    limits: MachineLimits | None = measure_limits(torch.bfloat16) if controller.world.size == 1 else None
+    seconds = measurement.load_s
+    figures = [Figure("load", seconds, seconds, seconds, "s")]
+    figures += [measurement.case(case, options.repeats, limits) for case in cases]
+    measurement.close()
+    return figures
+
+
+def _print(table: dict[str, list[Figure]]) -> None:
+    for name, figures in table.items():
+        print(f"{name}\n  {'case':12}{'median':>10}{'lowest':>10}{'highest':>10}  unit      of the limit")
+        for figure in figures:
+            share = "" if figure.share is None else f"{figure.share:.2f} of {figure.limit:.1f}"
+            values = f"{figure.value:10.1f}{figure.lowest:10.1f}{figure.highest:10.1f}"
+            print(f"  {figure.case:12}{values}  {figure.unit:8}  {share}")
+    sys.stdout.flush()
+
+
+def _write_json(path: Path, model: str, table: dict[str, list[Figure]]) -> None:
+    data: dict[str, Any] = {"model": model, "torch": str(torch.__version__)}
+    data["settings"] = {name: [figure.as_json() for figure in figures] for name, figures in table.items()}
+    try:
+        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}") from None

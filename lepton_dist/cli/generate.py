@@ -1,0 +1,20 @@
+"""`lepton-dist generate`: complete a file of prompts over all the ranks of the job."""
+
+from __future__ import annotations
+
+import argparse
+
+from lepton_dist.config.generate import add_generate_options, load_generate_config
+from lepton_dist.runtime.batch_run import run_batch
+from lepton_dist.runtime.run import run
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of this command."""
+    add_generate_options(parser)
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """Raises UsageError before MPI starts when the options themselves are wrong."""
+    config = load_generate_config(options.config, vars(options))
+    return run(lambda controller, interrupts: run_batch(controller, interrupts, config))

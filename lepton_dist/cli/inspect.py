@@ -1,0 +1,48 @@
+"""`lepton-dist inspect`: what each rank would hold, without starting MPI."""
+
+from __future__ import annotations
+
+import argparse
+
+from lepton_dist.bench.inspect import seat_table, world_size_of
+from lepton_dist.errors import ConfigError, UsageError
+from lepton_dist.plan.document import plan_to_yaml
+from lepton_dist.plan.plan import Plan
+from lepton_dist.plan.precision import decide_dtypes
+from lepton_dist.runtime.opening import load_plan_document
+from lepton_dist.runtime.session import Blueprint
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of this command."""
+    parser.add_argument("--model", metavar="DIR", required=True, help="a Hugging Face checkpoint directory")
+    parser.add_argument("--plan", metavar="FILE", help="a sharding plan (YAML)")
+    parser.add_argument("--ranks", type=int, metavar="N", help="size of the job; default: what the plan needs, or 1")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="over the plan's precision")
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """Print the table; returns 0.
+
+    Raises:
+        UsageError: the model or the plan is wrong.
+    """
+    if options.ranks is not None and options.ranks < 1:
+        raise UsageError(f"--ranks must be at least 1, not {options.ranks}")
+    plan, document = load_plan_document(options.plan)
+    ranks = options.ranks or (world_size_of(plan) if plan else 1)
+    plan = plan or Plan.default([0] * ranks)
+    try:
+        blueprint = Blueprint.draw(options.model, plan, ranks)
+    except ConfigError as error:
+        raise (document.located(error) if document else error) from None
+    dtypes = decide_dtypes(plan.precision, options.dtype, blueprint.config.dtype)
+    shape = blueprint.config.shape
+    print(
+        f"{options.model}: {blueprint.config.family}, {shape.num_layers} layers, {shape.num_heads} heads, "
+        f"{shape.num_kv_heads} KV heads, vocabulary {shape.vocab}, context {blueprint.context_tokens}; "
+        f"weights {dtypes.weights}, KV cache {dtypes.kv_cache}"
+    )
+    print(seat_table(blueprint, dtypes))
+    print("\nthe plan in full:\n" + plan_to_yaml(blueprint.plan), end="")
+    return 0

@@ -1,0 +1,77 @@
+"""`lepton-dist COMMAND`: starts the rank's guardian, finds the command, and prints usage errors once (exit code 2)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from importlib import import_module
+from io import StringIO
+
+from lepton_dist.comm.launcher import read_launcher
+from lepton_dist.errors import EXIT_DONE, LeptonError
+from lepton_dist.runtime.guardian import Guardian, start_guardian
+from lepton_dist.runtime.interrupts import leave_on_interrupts
+
+COMMANDS = {
+    "generate": "complete a file of prompts; resumable",
+    "inspect": "show what each rank holds of a model under a plan, without starting MPI",
+    "bench": "measure load, prefill, decode and an offline batch, against the limits of the machine",
+    "doctor": "check MPI, launcher, cores, shared memory, links and model files",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code of the process, the same on every rank."""
+    launcher = read_launcher()
+    leave_on_interrupts(is_quiet=launcher.rank != 0)
+    # Before anything heavy is imported: from here on a rank that is stopped does not go unseen.
+    guardian: Guardian | None = None
+    if launcher.kind != "none":
+        guardian = start_guardian(launcher.rank, world_size=launcher.size, host=socket.gethostname())
+    with ExitStack() as quiet:
+        if launcher.rank != 0:
+            # Every rank meets the same usage error; rank 0 says so.
+            quiet.enter_context(redirect_stderr(StringIO()))
+            quiet.enter_context(redirect_stdout(StringIO()))
+        name, rest = _split(sys.argv[1:] if arguments is None else arguments)
+        # Only the command's own modules are imported: `inspect` has no need of MPI.
+        module = import_module(f"lepton_dist.cli.{name}")
+        parser = argparse.ArgumentParser(prog=f"lepton-dist {name}", description=COMMANDS[name].capitalize() + ".")
+        module.add_options(parser)
+        options = parser.parse_args(rest)
+    try:
+        code = int(module.run_command(options))
+        sys.stdout.flush()
+        return code
+    except LeptonError as error:
+        if launcher.rank == 0:
+            print(f"lepton-dist: error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has left: nobody is there to be told.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+    finally:
+        if guardian is not None:
+            guardian.close()
+
+
+def _split(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The command and its own arguments."""
+    listing = "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="lepton-dist",
+        description="Large language models over MPI.",
+        epilog=f"commands:\n{listing}\n\nlepton-dist COMMAND --help tells more",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    return parser.parse_args(arguments[:1]).command, arguments[1:]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""The MPI fabric: MPI's start and end, who sits on which node, and the links of each group."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Sequence
+from typing import NoReturn
+
+import mpi4py
+import numpy as np
+
+from lepton_dist.comm.launcher import MATCHING_LAUNCHERS, Launcher, library_kind
+from lepton_dist.comm.patience import Patience
+from lepton_dist.comm.transport import Links
+from lepton_dist.errors import LaunchError, RankLostError
+
+# MPI is started and ended by us: importing it must do neither. This has to come before the import of MPI itself.
+mpi4py.rc.initialize = False
+mpi4py.rc.finalize = False
+try:
+    from mpi4py import MPI
+except (ImportError, RuntimeError) as error:
+    raise LaunchError(
+        f"the job was started on several ranks, but no MPI library can be loaded: {error}. Install one "
+        "(pip install 'lepton-dist[mpich]'), or name the site's own with MPI4PY_LIBMPI=/path/to/libmpi.so"
+    ) from error
+
+from lepton_dist.comm.transports.mpi import MpiTransport  # noqa: E402  after the settings above
+from lepton_dist.comm.transports.mpi_post import MpiPost  # noqa: E402
+from lepton_dist.comm.transports.roll_call import RollCall  # noqa: E402
+from lepton_dist.comm.transports.shm import ShmTransport  # noqa: E402
+from lepton_dist.comm.transports.shm_window import ShmWindow, open_window  # noqa: E402
+
+_HOST_BYTES = 256
+CLOSING_SECONDS = 10.0
+_FORWARDING_SECONDS = 0.25
+
+
+def start_mpi(launcher: Launcher, patience: Patience) -> MpiFabric:
+    """Start MPI and look around.
+
+    Raises:
+        LaunchError: the library's world has another size than the launcher's job.
+    """
+    is_ours = not MPI.Is_initialized()
+    if is_ours:
+        MPI.Init_thread(MPI.THREAD_FUNNELED)
+    version = MPI.Get_library_version().replace("\0", "").strip().splitlines()[0]
+    size = MPI.COMM_WORLD.Get_size()
+    if launcher.size not in (0, size):
+        if is_ours:
+            MPI.Finalize()
+        right = MATCHING_LAUNCHERS[library_kind(version)]
+        raise LaunchError(
+            f"the launcher and the MPI library do not belong together: this process was started by "
+            f"{launcher.describe()}, but its library ({version}) sees a world of {size}. Start the job with {right}"
+        )
+    return MpiFabric(patience, version, is_ours)
+
+
+class MpiFabric:
+    """What the world of a rank under MPI stands on."""
+
+    def __init__(self, patience: Patience, library: str, is_ours: bool) -> None:
+        # Never talk on COMM_WORLD itself: other libraries of the process may.
+        self._comm = MPI.COMM_WORLD.Dup()
+        self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
+        self.library = library
+        self.hosts = self._gather_hosts()
+        self.nodes = self._gather_nodes()
+        self._patience, self._is_ours = patience, is_ours
+        self._roll_call = RollCall(self._comm.Dup(), self.hosts, patience)
+        self._windows: list[ShmWindow] = []
+
+    def connect(self, members: Sequence[int], name: str) -> Links:
+        """See `Fabric`."""
+        what = f"the opening of group {name!r}"
+        self._roll_call.meet(members, what)
+        group = self._comm.Get_group().Incl(list(members))
+        # The tag tells apart groups that overlapping sets of ranks open at the same time.
+        comm = self._comm.Create_group(group, zlib.crc32(name.encode()) % 32768)
+        group.Free()
+        mpi = MpiTransport(comm, name, members, self._roll_call, self._patience)
+        if len({self.nodes[rank] for rank in members}) > 1:
+            return Links({"mpi": mpi}, mpi)
+        window, notice = open_window(comm, name)
+        if window is None:
+            return Links({"mpi": mpi}, mpi, (notice,))
+        self._windows.append(window)
+        shm = ShmTransport(window, name, members, self._roll_call, self._patience)
+        return Links({"mpi": mpi, "shm": shm}, mpi)
+
+    def post(self, name: str) -> MpiPost:
+        """See `Fabric`."""
+        self._roll_call.meet(range(self.size), f"the opening of mailbox {name!r}")
+        return MpiPost(self._comm.Dup(), self._roll_call)
+
+    def abort(self, code: int) -> NoReturn:
+        """See `Fabric`."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # A launcher that hears of the abort drops what it has not read yet: give it time for the last message.
+        time.sleep(_FORWARDING_SECONDS)
+        MPI.COMM_WORLD.Abort(code)
+        os._exit(code)
+
+    def close(self, code: int) -> None:
+        """See `Fabric`. Ranks that do not come within `CLOSING_SECONDS` are left behind."""
+        try:
+            with self._patience.during("closing", CLOSING_SECONDS):
+                self._roll_call.meet(range(self.size), "the end of the job")
+        except RankLostError:
+            _leave(code)
+        # From here on MPI blocks without a deadline, so a timer that makes no MPI call watches it.
+        watchdog = threading.Timer(CLOSING_SECONDS, _leave, (code,))
+        watchdog.daemon = True
+        watchdog.start()
+        for window in self._windows:
+            window.close()
+        if self._is_ours:
+            MPI.Finalize()
+        watchdog.cancel()
+
+    def _gather_hosts(self) -> tuple[str, ...]:
+        mine = np.zeros(_HOST_BYTES, np.uint8)
+        name = socket.gethostname().encode()[:_HOST_BYTES]
+        mine[: len(name)] = np.frombuffer(name, np.uint8)
+        table = np.empty((self.size, _HOST_BYTES), np.uint8)
+        self._comm.Allgather(mine, table)
+        return tuple(row.tobytes().rstrip(b"\0").decode(errors="replace") for row in table)
+
+    def _gather_nodes(self) -> tuple[int, ...]:
+        local = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        leader = np.array([self.rank], np.int64)
+        local.Bcast(leader)
+        local.Free()
+        leaders = np.empty(self.size, np.int64)
+        self._comm.Allgather(leader, leaders)
+        order = list(dict.fromkeys(leaders.tolist()))
+        return tuple(order.index(value) for value in leaders.tolist())
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,73 @@
+"""Waiting without hanging and without heating the machine.
+
+`wait_until` is for a rank in the middle of an operation: it spins, then yields the core (ranks may outnumber cores),
+then sleeps for a small part of the time already waited. `Backoff` is for loops that may be idle for hours.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from lepton_dist.comm.patience import Patience
+from lepton_dist.errors import RankLostError
+
+SPINS = 50
+GRACE_S = 0.005
+SHORTEST_SLEEP_S = 50e-6
+LONGEST_SLEEP_S = 1e-3
+# A sleep is at most this part of the time already waited, which bounds what sleeping adds to a wait.
+_SLEEP_PART = 0.02
+
+
+def wait_until(
+    ready: Callable[[], bool],
+    patience: Patience,
+    what: Callable[[], str],
+    idle: Callable[[], object] | None = None,
+    grace_s: float = GRACE_S,
+) -> None:
+    """Return as soon as `ready()` is true.
+
+    `what` describes the operation and the peers that are missing; it is called only when the deadline has passed.
+    `idle` is called before each sleep: a wait that does not itself call MPI lets MPI make progress there. Sleeping
+    begins after `grace_s`, which is longer where `ready` itself moves data.
+
+    Raises:
+        RankLostError: the deadline of `patience` has passed.
+    """
+    for _ in range(SPINS):
+        if ready():
+            return
+    start = time.perf_counter()
+    seconds, phase = patience.seconds, patience.phase
+    while True:
+        if ready():
+            return
+        waited = time.perf_counter() - start
+        if waited < grace_s:
+            os.sched_yield()
+            continue
+        if waited > seconds:
+            raise RankLostError(f"while {phase}: waited {seconds:g} s for {what()}")
+        if idle is not None:
+            idle()
+        time.sleep(min(max(waited * _SLEEP_PART, SHORTEST_SLEEP_S), LONGEST_SLEEP_S))
+
+
+class Backoff:
+    """Sleeps for a loop that finds nothing to do: 50 us at first, growing to `longest_s`."""
+
+    def __init__(self, longest_s: float = 0.005) -> None:
+        self._longest_s = longest_s
+        self._next_s = SHORTEST_SLEEP_S
+
+    def idle(self) -> None:
+        """There was nothing to do: sleep, a little longer than the last time."""
+        time.sleep(self._next_s)
+        self._next_s = min(self._next_s * 1.5, self._longest_s)
+
+    def busy(self) -> None:
+        """There was something to do: the next sleep is short again."""
+        self._next_s = SHORTEST_SLEEP_S

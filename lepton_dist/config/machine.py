@@ -1,0 +1,79 @@
+"""What this process may use of its machine: cores and memory, by the limits that clusters set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+MASK_WORDS = 32  # 64-bit words of an affinity mask that ranks exchange: 2,048 cores
+
+
+def asked_threads() -> int | None:
+    """The threads that the job asks for: SLURM_CPUS_PER_TASK, then OMP_NUM_THREADS; None where neither is set."""
+    for name in ("SLURM_CPUS_PER_TASK", "OMP_NUM_THREADS"):
+        value = os.environ.get(name, "")
+        if value.isdigit() and int(value) > 0:
+            return int(value)
+    return None
+
+
+def affinity_mask() -> list[int]:
+    """The cores that this process may run on, as signed 64-bit words."""
+    words = [0] * MASK_WORDS
+    for core in os.sched_getaffinity(0):
+        if core < MASK_WORDS * 64:
+            words[core // 64] |= 1 << (core % 64)
+    return [word - 2**64 if word >= 2**63 else word for word in words]
+
+
+def fair_threads(masks: Sequence[Sequence[int]], mine: int) -> int:
+    """The whole cores that rank `mine` gets when each core is shared evenly by the ranks of a node bound to it."""
+    share = 0.0
+    for index, word in enumerate(masks[mine]):
+        for bit in range(64):
+            if (word >> bit) & 1:
+                share += 1 / sum((mask[index] >> bit) & 1 for mask in masks)
+    return max(1, min(round(share), _quota_cores()))
+
+
+def _quota_cores() -> int:
+    """Whole cores of the cgroup's CPU quota; a large number where there is none."""
+    for quota_path, period_path in (
+        (Path("/sys/fs/cgroup/cpu.max"), None),
+        (Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")),
+    ):
+        words = _words(quota_path) + (_words(period_path) if period_path else [])
+        if len(words) == 2 and all(word.isdigit() for word in words):
+            return max(1, int(words[0]) // int(words[1]))
+    return 1 << 30
+
+
+def available_bytes(ranks_on_node: int) -> int:
+    """Memory that this rank may use: its share of what is free on the node, within the cgroup's and SLURM's limits."""
+    free = psutil.virtual_memory().available
+    for limit_path, used_path in (
+        (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+        (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+    ):
+        limit, used = _words(limit_path), _words(used_path)
+        if limit and used and limit[0].isdigit() and used[0].isdigit():
+            free = min(free, max(0, int(limit[0]) - int(used[0])))
+    per_node = os.environ.get("SLURM_MEM_PER_NODE", "")
+    if per_node.isdigit() and int(per_node) > 0:
+        free = min(free, int(per_node) << 20)
+    share = free // ranks_on_node
+    per_cpu = os.environ.get("SLURM_MEM_PER_CPU", "")
+    cpus = os.environ.get("SLURM_CPUS_PER_TASK", "1")
+    if per_cpu.isdigit() and int(per_cpu) > 0 and cpus.isdigit():
+        share = min(share, (int(per_cpu) << 20) * int(cpus))
+    return share
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="ascii").split()
+    except OSError:
+        return []

@@ -1,0 +1,172 @@
+"""The leader's view of a replica: requests in, batches out, results in, finished requests out. No MPI, no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from lepton_dist.config.sampling import SamplingParams
+from lepton_dist.engine.batch import RunBatch, make_batch, read_int32
+from lepton_dist.engine.kv_blocks import KvBlocks
+from lepton_dist.engine.request import Request, Sequence
+from lepton_dist.engine.runner import StepResult
+from lepton_dist.engine.scheduler import Chunk, Scheduler
+from lepton_dist.plan.plan import EngineLimits
+from lepton_dist.text.completion import Completion, RequestOutput, TokenLogprob
+
+
+class Scanner(Protocol):
+    """Looks for stop strings in the text of the tokens pushed so far; `found` is the first that is complete."""
+
+    found: str | None
+
+    def push(self, token_id: int) -> bool:
+        """Whether a stop string is complete with this token."""
+        ...
+
+
+@dataclass
+class _Progress:
+    """A request on its way: its samples still running, and those done."""
+
+    request: Request
+    scanners: dict[int, Scanner]
+    done: dict[int, Completion] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
+
+
+class Engine:
+    """One replica's scheduler and the state of its requests."""
+
+    def __init__(
+        self,
+        limits: EngineLimits,
+        num_blocks: int,
+        num_stages: int,
+        eos_token_ids: tuple[int, ...],
+        make_scanner: Callable[[tuple[str, ...]], Scanner],
+        long_after: int | None = None,
+    ) -> None:
+        blocks = KvBlocks(num_blocks, limits.block_tokens, has_prefix_cache=limits.prefix_cache)
+        self.scheduler = Scheduler(
+            blocks,
+            max_batch_tokens=limits.max_batch_tokens,
+            max_sequences=limits.max_sequences,
+            num_stages=num_stages,
+        )
+        self._eos = frozenset(eos_token_ids)
+        self._make_scanner, self._long_after = make_scanner, long_after
+        self._progress: dict[str, _Progress] = {}
+        self._in_flight: dict[int, list[Chunk]] = {}
+        self._num_steps = self._num_arrivals = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence waits or runs."""
+        return self.scheduler.has_work
+
+    @property
+    def num_in_flight(self) -> int:
+        """Batches whose result has not come back."""
+        return len(self._in_flight)
+
+    def add(self, request: Request) -> None:
+        """Queue a request; it must fit the cache."""
+        stops = request.sampling.stop
+        samples = range(request.sampling.n)
+        scanners = {sample: self._make_scanner(stops) for sample in samples} if stops else {}
+        self._progress[request.key] = _Progress(request, scanners)
+        is_long = self._long_after is not None and len(request.prompt) > self._long_after
+        for sample in samples:
+            self.scheduler.add(Sequence(request, sample, self._num_arrivals, is_long))
+            self._num_arrivals += 1
+
+    def drop_waiting(self) -> list[str]:
+        """Give up the requests of which no sample has begun; returns their keys."""
+        dropped = self.scheduler.drop_waiting()
+        counts: dict[str, int] = {}
+        for sequence in dropped:
+            counts[sequence.request.key] = counts.get(sequence.request.key, 0) + 1
+        whole = {key for key, count in counts.items() if count == self._progress[key].request.sampling.n}
+        for sequence in dropped:
+            if sequence.request.key not in whole:
+                self.scheduler.add(sequence)
+        for key in whole:
+            del self._progress[key]
+        return sorted(whole)
+
+    def next_batch(self) -> RunBatch | None:
+        """The next step's command, or None when nothing can run until a result comes back."""
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            return None
+        batch = make_batch(self._num_steps, chunks)
+        self._in_flight[self._num_steps] = chunks
+        self._num_steps += 1
+        return batch
+
+    def apply(self, result: StepResult) -> list[tuple[str, RequestOutput]]:
+        """Take in a step's tokens; returns the requests that are finished by them."""
+        chunks = self._in_flight.pop(result.step)
+        self.scheduler.returned(chunks)
+        self._apply_prompt_logprobs(chunks, result)
+        finished = []
+        sampled = [chunk.sequence for chunk in chunks if chunk.samples]
+        for row, (sequence, token) in enumerate(zip(sampled, read_int32(result.tokens).tolist(), strict=True)):
+            sequence.tokens.append(token)
+            if row in result.logprobs:
+                sequence.logprobs.append(result.logprobs[row])
+            ending = self._ending(sequence, token)
+            if ending is not None:
+                output = self._complete(sequence, *ending)
+                if output is not None:
+                    finished.append((sequence.request.key, output))
+        return finished
+
+    def _apply_prompt_logprobs(self, chunks: list[Chunk], result: StepResult) -> None:
+        entries = iter(result.prompt_logprobs)
+        for chunk in chunks:
+            for position in chunk.scored_positions:
+                chunk.sequence.prompt_logprobs[position + 1] = next(entries)
+
+    def _ending(self, sequence: Sequence, token: int) -> tuple[str, str | int | None] | None:
+        """Why the sequence ends with this token, or None."""
+        sampling: SamplingParams = sequence.request.sampling
+        if token in self._eos and not sampling.ignore_eos:
+            return "stop", None
+        if token in sampling.stop_token_ids:
+            return "stop", token
+        scanner = self._progress[sequence.request.key].scanners.get(sequence.sample)
+        if scanner is not None and scanner.push(token):
+            return "stop", scanner.found
+        if len(sequence.tokens) - sequence.prompt_length >= sampling.max_tokens:
+            return "length", None
+        return None
+
+    def _complete(self, sequence: Sequence, reason: str, stop: str | int | None) -> RequestOutput | None:
+        """Close a sequence; the request's output when it was the last of its samples."""
+        self.scheduler.finish(sequence)
+        request = sequence.request
+        progress = self._progress[request.key]
+        has_logprobs = request.sampling.logprobs is not None
+        progress.done[sequence.sample] = Completion(
+            index=sequence.sample,
+            token_ids=sequence.generated,
+            finish_reason=reason,
+            stop_reason=stop,
+            logprobs=sequence.logprobs if has_logprobs else None,
+        )
+        if sequence.sample == 0:
+            progress.prompt_logprobs = sequence.prompt_logprobs
+        if len(progress.done) < request.sampling.n:
+            return None
+        del self._progress[request.key]
+        prompt_logprobs: list[list[TokenLogprob] | None] | None = None
+        if request.sampling.prompt_logprobs is not None:
+            known = progress.prompt_logprobs
+            prompt_logprobs = [None, *(known[position] for position in range(1, len(request.prompt)))]
+        completions = [progress.done[index] for index in range(request.sampling.n)]
+        return RequestOutput(
+            prompt_tokens=len(request.prompt), completions=completions, prompt_logprobs=prompt_logprobs
+        )

@@ -1,0 +1,63 @@
+"""A request as the engine sees it (token ids only), and the sequences that it becomes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import msgspec
+
+from lepton_dist.config.sampling import SamplingParams
+from lepton_dist.text.completion import TokenLogprob
+
+
+class Request(msgspec.Struct, frozen=True):
+    """One prompt. `key` is unique in the run; `sampling` has a seed, and a `max_tokens` that fits the context."""
+
+    key: str
+    prompt: list[int]
+    sampling: SamplingParams
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One sample of a request on its way through the engine.
+
+    `tokens` are the prompt and what was generated; the first `num_computed` of them have (or, in flight, will have)
+    their keys and values in the cache, in the blocks of `block_table`.
+    """
+
+    request: Request
+    sample: int
+    arrival: int
+    is_long: bool = False
+    tokens: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
+    is_in_flight: bool = False
+    logprobs: list[list[TokenLogprob]] = field(default_factory=list)
+    prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt)
+
+    @property
+    def generated(self) -> list[int]:
+        """The tokens after the prompt."""
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens whose keys and values are not in the cache yet."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether positions of the prompt are still to be scored; their logits need every token computed anew."""
+        asked = self.request.sampling.prompt_logprobs is not None and self.sample == 0
+        return asked and len(self.prompt_logprobs) < self.prompt_length - 1

@@ -1,0 +1,172 @@
+"""Choosing tokens from logits that are sharded over the vocabulary; no rank ever sees the whole of them.
+
+Filters become one threshold a row on the logits, found by small reductions: min-p first, then top-k, then top-p over
+what is left (vLLM's order). The noise is a hash of (request, position, token id), so each rank perturbs its own rows
+and the group takes an arg-max: the same seed gives the same token on every plan. Ties go to the lowest token id.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from lepton_dist.comm.group import Group
+from lepton_dist.engine.batch import SampleRows, read_int32
+from lepton_dist.engine.penalties import apply_penalties
+from lepton_dist.errors import LeptonError
+from lepton_dist.kernels.noise import gumbel
+from lepton_dist.text.completion import TokenLogprob
+
+_BINS = 1024
+_PASSES = 3
+_RANGE = 88.0  # e^-88 is nothing beside the largest term, in float32
+_COLDEST = 1e-6  # below it the noise is lost beside the logits anyway, and dividing by it would overflow
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The rows [first, first + size) of `vocab` that this rank holds, and the group that shares the vocabulary."""
+
+    first: int
+    size: int
+    vocab: int
+    group: Group
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """The ids of the shard's rows, int32 [size]."""
+        return torch.arange(self.first, self.first + self.size, dtype=torch.int32)
+
+
+def sample(logits: torch.Tensor, rows: SampleRows, shard: VocabShard) -> torch.Tensor:
+    """logits float32 [r, vocab/tp], changed in place -> token ids int64 [r], the same on every rank of the group.
+
+    Raises:
+        LeptonError: the logits are not numbers.
+    """
+    settings = torch.frombuffer(bytearray(rows.settings), dtype=torch.float32).view(-1, 6)
+    counts = read_int32(rows.counts, 4)
+    apply_penalties(logits, settings, counts, rows.history, shard.first)
+    temperature = settings[:, 0]
+    noisy = (temperature > 0).nonzero().flatten()
+    if noisy.numel():
+        keys = torch.frombuffer(bytearray(rows.keys), dtype=torch.int32).view(-1, 2)
+        top_k = torch.from_numpy(counts[:, 0].astype("int64"))
+        scaled = logits[noisy] / temperature[noisy, None].clamp(min=_COLDEST)
+        threshold = _threshold(scaled, settings[noisy, 2], top_k[noisy], settings[noisy, 1], shard)
+        scores = scaled + gumbel(keys[noisy], shard.tokens)
+        logits[noisy] = scores.masked_fill_(scaled < threshold.unsqueeze(1), -math.inf)
+    return arg_max(logits, shard)
+
+
+def arg_max(scores: torch.Tensor, shard: VocabShard) -> torch.Tensor:
+    """float32 [r, vocab/tp] -> ids int64 [r] of the largest score over the whole vocabulary, the lowest id at a tie."""
+    values, local = scores.max(dim=1)
+    # [tp, r, 2]: float64 holds both the score and the id exactly.
+    best = shard.group.all_gather(torch.stack((values.double(), (local + shard.first).double()), dim=1))
+    if best[:, :, 0].isnan().any():
+        raise LeptonError(
+            "the model's logits are not numbers (NaN): the checkpoint is broken, or overflows in this dtype"
+        )
+    owner = best[:, :, 0].argmax(dim=0)
+    return best[owner, torch.arange(best.shape[1]), 1].long()
+
+
+def _threshold(
+    scaled: torch.Tensor, min_p: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, shard: VocabShard
+) -> torch.Tensor:
+    """The lowest scaled logit that each row may choose, float32 [r]."""
+    group = shard.group
+    largest = group.all_reduce(scaled.amax(dim=1), op="max")
+    threshold = largest + torch.where(min_p > 0, min_p.log(), -math.inf)
+    limited = ((top_k > 0) & (top_k < shard.vocab)).nonzero().flatten()
+    if limited.numel():
+        kth = _kth_largest(scaled[limited], top_k[limited], group)
+        threshold[limited] = torch.maximum(threshold[limited], kth)
+    limited = (top_p < 1).nonzero().flatten()
+    if limited.numel():
+        threshold[limited] = _mass_threshold(
+            scaled[limited], largest[limited], threshold[limited], top_p[limited], group
+        )
+    return threshold
+
+
+def _kth_largest(scaled: torch.Tensor, top_k: torch.Tensor, group: Group) -> torch.Tensor:
+    """The k-th largest value of each row over the whole vocabulary, which has more than k."""
+    most = int(top_k.max())
+    count = min(most, scaled.shape[1])
+    mine = torch.full((scaled.shape[0], most), -math.inf)
+    mine[:, :count] = scaled.topk(count, dim=1).values
+    # [tp, r, k] -> [r, tp * k]
+    merged = group.all_gather(mine).transpose(0, 1).reshape(scaled.shape[0], -1)
+    return merged.topk(most, dim=1).values.gather(1, (top_k - 1).unsqueeze(1)).squeeze(1)
+
+
+def _mass_threshold(
+    scaled: torch.Tensor, largest: torch.Tensor, floor: torch.Tensor, top_p: torch.Tensor, group: Group
+) -> torch.Tensor:
+    """The value from which on a row's probabilities (of what is at least `floor`) add up to top_p.
+
+    A histogram of probability by distance from the largest logit, refined three times: 1024^3 steps.
+    """
+    # float64 before the difference: rounded in float32, it could put the last token that fits beyond the edge.
+    distance = largest.double().unsqueeze(1) - scaled.double()
+    mass = torch.exp(-distance).masked_fill_(scaled < floor.unsqueeze(1), 0.0)
+    start = torch.zeros(len(largest), 1, dtype=torch.float64)
+    width = torch.full_like(start, _RANGE / _BINS)
+    above = torch.zeros_like(start)
+    target: torch.Tensor | None = None
+    for _ in range(_PASSES):
+        place = ((distance - start) / width).floor_()
+        is_inside = (place >= 0) & (place < _BINS)
+        bins = torch.zeros(len(largest), _BINS, dtype=torch.float64)
+        # NaNs fall anywhere: `arg_max` reports them.
+        bins.scatter_add_(1, place.clamp_(0, _BINS - 1).nan_to_num_().long(), mass * is_inside)
+        bins = group.all_reduce(bins)
+        reached = above + bins.cumsum(dim=1)
+        if target is None:
+            target = top_p.double().unsqueeze(1) * reached[:, -1:] * (1 - 1e-12)
+        chosen = (reached < target).sum(dim=1, keepdim=True).clamp_(max=_BINS - 1)
+        above = reached.gather(1, chosen) - bins.gather(1, chosen)
+        start = start + chosen * width
+        width = width / _BINS
+    edge = start + width * _BINS
+    return torch.maximum(floor, (largest.double().unsqueeze(1) - edge).squeeze(1).float())
+
+
+def score(
+    logits: torch.Tensor, chosen: torch.Tensor, num_likeliest: list[int], shard: VocabShard
+) -> list[list[TokenLogprob]]:
+    """Log-probabilities of the `chosen` ids and of each row's likeliest tokens.
+
+    logits float32 [r, vocab/tp], raw; chosen int64 [r]; `num_likeliest` says how many for each row.
+    """
+    group = shard.group
+    largest = group.all_reduce(logits.amax(dim=1), op="max")
+    total = group.all_reduce((logits - largest.unsqueeze(1)).double().exp().sum(dim=1))
+    normaliser = largest.double() + total.log()
+    local = chosen - shard.first
+    is_mine = (local >= 0) & (local < shard.size)
+    value = logits.gather(1, local.clamp(0, shard.size - 1).unsqueeze(1)).squeeze(1)
+    value = group.all_reduce(value.masked_fill(~is_mine, -math.inf), op="max")
+    ranks = group.all_reduce((logits > value.unsqueeze(1)).sum(dim=1)) + 1
+    most = min(max(num_likeliest, default=0), shard.vocab)
+    count = min(most, shard.size)
+    best = torch.full((len(chosen), most, 2), -math.inf, dtype=torch.float64)
+    values, ids = logits.topk(count, dim=1)
+    best[:, :count, 0], best[:, :count, 1] = values.double(), (ids + shard.first).double()
+    # [tp, r, k, 2] -> [r, tp * k, 2]
+    merged = group.all_gather(best).transpose(0, 1).reshape(len(chosen), -1, 2)
+    order = merged[:, :, 0].sort(dim=1, descending=True, stable=True).indices[:, :most]
+    top_values, top_ids = merged[:, :, 0].gather(1, order), merged[:, :, 1].gather(1, order)
+    rows = []
+    for r, wanted in enumerate(num_likeliest):
+        z = float(normaliser[r])
+        entries = [TokenLogprob(float(value[r]) - z, int(ranks[r]), int(chosen[r]))]
+        entries += [
+            TokenLogprob(float(top_values[r, k]) - z, k + 1, int(top_ids[r, k])) for k in range(min(wanted, most))
+        ]
+        rows.append(entries)
+    return rows

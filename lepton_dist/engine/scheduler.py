@@ -1,0 +1,157 @@
+"""Which sequences run in the next batch: continuous batching with chunked prefill and preemption. Pure.
+
+Running sequences come first, oldest first, then new ones; each batch stays within a budget of tokens (Sarathi-Serve,
+arXiv:2403.02310). When blocks run out, the youngest running sequence gives up its own and is computed anew later.
+A sequence whose next token has not come back is in flight and not scheduled again; with several stages the running
+ones are dealt out over as many batches as there are stages, so that every stage has work.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+from dataclasses import dataclass
+
+from lepton_dist.engine.kv_blocks import KvBlocks
+from lepton_dist.engine.request import Sequence
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens [start, start + count) of a sequence.
+
+    `samples` when the last of its tokens is among them, so that the next one is drawn; `scores_prompt` when the
+    log-probabilities of its prompt are wanted.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+    scores_prompt: bool
+
+    @property
+    def scored_positions(self) -> range:
+        """Positions of the prompt whose following token is scored: the last one's successor is drawn, not given."""
+        last = min(self.start + self.count, self.sequence.prompt_length - 1)
+        return range(self.start, last if self.scores_prompt else self.start)
+
+
+class Scheduler:
+    """State in, decision out: `schedule` says what to run, `returned` and `finish` say what became of it."""
+
+    def __init__(self, blocks: KvBlocks, *, max_batch_tokens: int, max_sequences: int, num_stages: int) -> None:
+        self.blocks = blocks
+        self.num_preemptions = self.num_reused_tokens = 0
+        self._max_batch_tokens, self._max_sequences, self._num_stages = max_batch_tokens, max_sequences, num_stages
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence waits or runs."""
+        return bool(self._waiting or self._running)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold blocks."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for blocks."""
+        return len(self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. Its prompt and output must fit the cache (see `KvBlocks.num_blocks`)."""
+        self._waiting.append(sequence)
+
+    def schedule(self) -> list[Chunk]:
+        """The next batch, marked as in flight; empty when nothing can run now."""
+        chunks: list[Chunk] = []
+        budget = self._max_batch_tokens
+        limit = -(-max(len(self._running), 1) // self._num_stages)
+        idle = [sequence for sequence in self._running if not sequence.is_in_flight]
+        idle.sort(
+            key=lambda sequence: sequence.num_uncomputed > 1
+        )  # decodes first: a long prompt must not hold them up
+        for sequence in idle:
+            if budget == 0 or len(chunks) == limit:  # of those that got room: one that had to give way counts for none
+                break
+            if sequence in self._running:  # it may have been preempted for an older one of this batch
+                budget -= self._take(sequence, budget, chunks)
+        while self._waiting and budget > 0 and len(self._running) < self._max_sequences:
+            if not self._admit(self._waiting[0]):
+                break
+            sequence = self._waiting.popleft()
+            bisect.insort(self._running, sequence, key=_arrival)
+            budget -= self._take(sequence, budget, chunks)
+            if self._num_stages > 1 and len(chunks) >= max(limit, 1) and self._is_prefill_heavy(budget):
+                break
+        return chunks
+
+    def returned(self, chunks: list[Chunk]) -> None:
+        """A batch came back: its sequences may be scheduled again."""
+        for chunk in chunks:
+            if chunk.samples:
+                chunk.sequence.is_in_flight = False
+
+    def drop_waiting(self) -> list[Sequence]:
+        """Take out the sequences that have not begun, and return them."""
+        fresh = [sequence for sequence in self._waiting if len(sequence.tokens) == sequence.prompt_length]
+        self._waiting = deque(sequence for sequence in self._waiting if len(sequence.tokens) > sequence.prompt_length)
+        return fresh
+
+    def finish(self, sequence: Sequence) -> None:
+        """A sequence is done: its blocks are free."""
+        self._running.remove(sequence)
+        self.blocks.release(sequence)
+
+    def _is_prefill_heavy(self, budget: int) -> bool:
+        """Whether a pipeline's batch already has its share of the work in tokens."""
+        return self._max_batch_tokens - budget >= self._max_batch_tokens // self._num_stages
+
+    def _take(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
+        """Add the sequence's next chunk to the batch, making room if need be; returns its number of tokens."""
+        count = min(sequence.num_uncomputed, budget)
+        if not self._make_room(sequence, sequence.num_computed + count, chunks):
+            return 0
+        samples, scores = count == sequence.num_uncomputed, sequence.wants_prompt_logprobs
+        chunks.append(Chunk(sequence, sequence.num_computed, count, samples, scores))
+        sequence.num_computed += count
+        sequence.is_in_flight = samples  # the next chunk of a prompt need not wait for this one
+        self.blocks.publish(sequence)
+        return count
+
+    def _make_room(self, sequence: Sequence, num_tokens: int, chunks: list[Chunk]) -> bool:
+        """Blocks for `num_tokens` tokens, preempting younger sequences; False when it has to wait itself."""
+        scheduled = {id(chunk.sequence) for chunk in chunks}
+        while not self.blocks.extend(sequence, num_tokens):
+            idle = (other for other in reversed(self._running) if not other.is_in_flight and id(other) not in scheduled)
+            victim = next(idle, None)
+            if victim is None:
+                return False
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.num_preemptions += 1
+        self._running.remove(sequence)
+        self.blocks.release(sequence)
+        self._waiting.appendleft(sequence)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Whether a new sequence's whole prompt fits beside a block of growth for each running one."""
+        self.blocks.reuse_prefix(sequence)
+        needed = self.blocks.missing(sequence, len(sequence.tokens))
+        if needed + len(self._running) <= self.blocks.num_free or not self._running:
+            self.num_reused_tokens += sequence.num_computed
+            return True
+        self.blocks.release(sequence)
+        return False
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.arrival

@@ -1,0 +1,53 @@
+"""What a decoder needs to know of a model, whatever family its checkpoint belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lepton_dist.plan.axes import ModelShape
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (arXiv:2104.09864) with one of the scalings of Llama-type checkpoints.
+
+    `parameters` are the checkpoint's own (factor, low_freq_factor, short_factor, ...).
+    """
+
+    theta: float
+    dim: int
+    kind: str = "default"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One decoder-only transformer.
+
+    `windows` holds the sliding attention window of each layer in tokens, None for full attention. `rope` is None for
+    learned positions. `biases` names the linear layers that have one: ``qkv``, ``attention_output``, ``mlp``.
+    """
+
+    family: str
+    shape: ModelShape
+    norm: Literal["rms", "layer"]
+    norm_eps: float
+    activation: str
+    is_gated: bool
+    rope: RopeConfig | None
+    max_positions: int
+    windows: tuple[int | None, ...]
+    biases: frozenset[str] = frozenset()
+    has_qk_norm: bool = False
+    is_tied: bool = False
+    dtype: str = "float32"
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def long_after(self) -> int | None:
+        """Prompts longer than this use the long factors of `longrope` throughout; None for every other scaling."""
+        if self.rope is None or self.rope.kind != "longrope":
+            return None
+        return int(self.rope.parameters["original_max_position_embeddings"])

@@ -1,0 +1,135 @@
+"""The decoder: contiguous layers of a model, with the embedding before and the head behind where they belong to it.
+
+The residual stream is float32 (it is what rounding errors add up in); matmuls run in the weights' dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lepton_dist.kernels.activations import ACTIVATIONS
+from lepton_dist.kernels.linear import make_weight
+from lepton_dist.model.config import ModelConfig
+from lepton_dist.model.layers import Attend, Attention, Embedding, Linear, Mlp, Norm, Reduce
+from lepton_dist.model.rope import RopeTables
+from lepton_dist.plan.axes import Axis
+
+
+@dataclass
+class DecoderLayer:
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    attention_norm: Norm
+    attention: Attention
+    mlp_norm: Norm
+    mlp: Mlp
+
+    def __call__(
+        self, hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None, layer: int, attend: Attend
+    ) -> torch.Tensor:
+        """hidden float32 [tokens, hidden], changed in place."""
+        hidden += self.attention(self.attention_norm(hidden), angles, layer, attend)
+        hidden += self.mlp(self.mlp_norm(hidden))
+        return hidden
+
+
+@dataclass
+class Head:
+    """The last norm and the projection to this rank's vocabulary rows."""
+
+    norm: Norm
+    projection: Linear
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [rows, hidden] -> logits float32 [rows, vocab/tp]."""
+        return self.projection(self.norm(hidden)).float()
+
+
+@dataclass
+class Decoder:
+    """This rank's shard of one stage."""
+
+    embedding: Embedding | None
+    layers: list[DecoderLayer]
+    head: Head | None
+    rope: RopeTables | None
+
+    def embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """tokens, positions int64 [tokens] -> float32 [tokens, hidden]; on the first stage only."""
+        if self.embedding is None:
+            raise ValueError("this stage has no embedding: only the first has")
+        return self.embedding(tokens, positions)
+
+    def run_layers(
+        self, hidden: torch.Tensor, positions: torch.Tensor, is_long: torch.Tensor | None, attend: Attend
+    ) -> torch.Tensor:
+        """hidden float32 [tokens, hidden], positions int64 [tokens] -> hidden, changed in place."""
+        angles = None if self.rope is None else self.rope.rows(positions, is_long)
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, angles, index, attend)
+        return hidden
+
+
+@dataclass(frozen=True)
+class DecoderParts:
+    """What a decoder is made from: tensors by parameter name, and how to sum over a contracted axis.
+
+    Matrices are taken out of `tensors` one by one as they are packed, so that only one is there in both forms.
+    """
+
+    config: ModelConfig
+    tensors: dict[str, torch.Tensor]
+    reduce: Callable[[Axis], Reduce]
+    dtype: torch.dtype
+    first_vocab_row: int
+
+    def linear(self, name: str, contracted: Axis) -> Linear:
+        """The collective follows from the axis that the matmul contracts."""
+        weight = make_weight(self.tensors.pop(f"{name}.weight"))
+        return Linear(weight, self.tensors.get(f"{name}.bias"), self.reduce(contracted))
+
+    def tied_head(self) -> Linear:
+        """The head that is the embedding's matrix, which the embedding keeps."""
+        return Linear(make_weight(self.tensors["embedding.weight"]), None, self.reduce(Axis.EMBED))
+
+    def norm(self, name: str) -> Norm:
+        """The norm of this name."""
+        return Norm(self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"), self.config.norm_eps, self.dtype)
+
+
+def build_decoder(parts: DecoderParts, layers: range) -> Decoder:
+    """Assemble the layers of one stage from its tensors."""
+    config = parts.config
+    embedding = head = None
+    if layers.start == 0:
+        positions = parts.tensors.get("positions.weight")
+        embedding = Embedding(
+            parts.tensors["embedding.weight"], parts.first_vocab_row, positions, parts.reduce(Axis.VOCAB)
+        )
+    if layers.stop == config.shape.num_layers:
+        has_own = "head.weight" in parts.tensors
+        head = Head(parts.norm("final_norm"), parts.linear("head", Axis.EMBED) if has_own else parts.tied_head())
+    rope = None if config.rope is None else RopeTables(config.rope, config.max_positions)
+    return Decoder(embedding, [_layer(parts, index) for index in layers], head, rope)
+
+
+def _layer(parts: DecoderParts, index: int) -> DecoderLayer:
+    config, at = parts.config, f"layers.{index}."
+    attention = Attention(
+        qkv=parts.linear(f"{at}qkv", Axis.EMBED),
+        q_norm=parts.norm(f"{at}q_norm") if config.has_qk_norm else None,
+        k_norm=parts.norm(f"{at}k_norm") if config.has_qk_norm else None,
+        output=parts.linear(f"{at}attention_output", Axis.HEADS),
+        head_dim=config.shape.head_dim,
+        window=config.windows[index],
+    )
+    mlp = Mlp(
+        up=parts.linear(f"{at}up", Axis.EMBED),
+        down=parts.linear(f"{at}down", Axis.FFN),
+        activation=ACTIVATIONS[config.activation],
+        is_gated=config.is_gated,
+    )
+    return DecoderLayer(parts.norm(f"{at}attention_norm"), attention, parts.norm(f"{at}mlp_norm"), mlp)

@@ -1,0 +1,120 @@
+"""The parts of a decoder. Whether a contraction means a collective is not their business: they are given `reduce`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+from lepton_dist.kernels.activations import gated
+from lepton_dist.kernels.linear import Weight
+from lepton_dist.kernels.norms import layer_norm, rms_norm
+from lepton_dist.kernels.rope import rotate
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+"""Sums partial results over the ranks that share a contracted axis; the identity where it is not sharded."""
+
+
+class Attend(Protocol):
+    """Attention with whatever keeps the keys and values."""
+
+    def __call__(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
+    ) -> torch.Tensor:
+        """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim] -> [tokens, heads, head_dim]."""
+        ...
+
+
+@dataclass
+class Linear:
+    """y = reduce(x W^T) + b. The bias of a sharded contraction is held whole and added once, after the sum."""
+
+    weight: Weight
+    bias: torch.Tensor | None
+    reduce: Reduce
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens, in] -> [tokens, out]."""
+        y = self.reduce(self.weight.matmul(x))
+        return y if self.bias is None else y.add_(self.bias)
+
+
+@dataclass
+class Norm:
+    """RMS norm, or layer norm where there is a bias. Weights are float32; the result has the dtype of the matmuls."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    eps: float
+    dtype: torch.dtype
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., dim] of any float dtype -> [..., dim] of the matmuls' dtype."""
+        if self.bias is None:
+            return rms_norm(x, self.weight, self.eps, self.dtype)
+        return layer_norm(x, self.weight, self.bias, self.eps, self.dtype)
+
+
+@dataclass
+class Embedding:
+    """Rows [first, first + rows) of the vocabulary, and learned positions where the family has them."""
+
+    weight: torch.Tensor
+    first: int
+    positions: torch.Tensor | None
+    reduce: Reduce
+
+    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """tokens, positions int64 [tokens] -> float32 [tokens, hidden]."""
+        local = tokens - self.first
+        is_elsewhere = (local < 0) | (local >= self.weight.shape[0])
+        rows = functional.embedding(local.masked_fill(is_elsewhere, 0), self.weight)
+        # Exactly one rank has a row that is not zero, so the sum is exact in any dtype.
+        hidden = self.reduce(rows.masked_fill_(is_elsewhere.unsqueeze(1), 0)).float()
+        return hidden if self.positions is None else hidden + functional.embedding(positions, self.positions)
+
+
+@dataclass
+class Attention:
+    """Grouped-query attention. Head counts come from the shapes of the local weights."""
+
+    qkv: Linear
+    q_norm: Norm | None
+    k_norm: Norm | None
+    output: Linear
+    head_dim: int
+    window: int | None
+
+    def __call__(
+        self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None, layer: int, attend: Attend
+    ) -> torch.Tensor:
+        """x [tokens, hidden]; angles cos and sin [tokens, 1, dim / 2], or None -> [tokens, hidden]."""
+        heads = self.output.weight.in_features // self.head_dim
+        kv_heads = (self.qkv.weight.out_features // self.head_dim - heads) // 2
+        # [tokens, (heads + 2 kv_heads)/tp, head_dim]
+        qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
+        query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if angles is not None:
+            query, key = rotate(query, *angles), rotate(key, *angles)
+        mixed = attend(layer, query, key, value, self.window)
+        return self.output(mixed.reshape(x.shape[0], -1))
+
+
+@dataclass
+class Mlp:
+    """down(act(gate) * up), or down(act(up)) where the family is not gated."""
+
+    up: Linear
+    down: Linear
+    activation: Callable[[torch.Tensor], torch.Tensor]
+    is_gated: bool
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden] -> [tokens, hidden]."""
+        inner = self.up(x)  # [tokens, 2 ffn/tp] when gated
+        return self.down(gated(inner, self.activation) if self.is_gated else self.activation(inner))

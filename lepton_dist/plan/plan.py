@@ -1,0 +1,210 @@
+"""The sharding plan: replicas of stages of ranks, with the precision and the engine's limits.
+
+A plan as a person writes it may be short (``mesh: {dp, pp, tp}``) and know neither the model nor the world;
+`Plan.resolve` expands it to the explicit form for one model on one world. Only resolved plans are obeyed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from lepton_dist.errors import ConfigError
+from lepton_dist.plan.axes import ModelShape
+
+Auto = Literal["auto"]
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The short form: a regular grid with tensor parallelism innermost."""
+
+    dp: int = 1
+    pp: int = 1
+    tp: int = 1
+
+    @property
+    def size(self) -> int:
+        """Ranks in the grid."""
+        return self.dp * self.pp * self.tp
+
+    def __str__(self) -> str:
+        return f"dp {self.dp} x pp {self.pp} x tp {self.tp} = {self.size}"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Contiguous layers on the ranks of one tensor-parallel group. ``layers`` 0 means: not yet resolved."""
+
+    ranks: tuple[int, ...]
+    layers: int = 0
+    shares: tuple[float, ...] = ()
+    first_layer: int = 0
+
+    @property
+    def layer_range(self) -> range:
+        """The layers held, by number."""
+        return range(self.first_layer, self.first_layer + self.layers)
+
+
+@dataclass(frozen=True)
+class Replica:
+    """A full copy of the model."""
+
+    stages: tuple[Stage, ...]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """All ranks of the replica, stage by stage."""
+        return tuple(rank for stage in self.stages for rank in stage.ranks)
+
+    @property
+    def leader(self) -> int:
+        """The first rank of the first stage: it schedules the replica's steps."""
+        return self.stages[0].ranks[0]
+
+    @property
+    def num_layers(self) -> int:
+        """Layers over all stages."""
+        return sum(stage.layers for stage in self.stages)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Names of dtypes; None follows the checkpoint (weights) or the weights (KV cache, wire)."""
+
+    weights: str | None = None
+    kv_cache: str | None = None
+    wire: str | None = None
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What one replica's engine may use. Times are seconds, sizes are bytes of one rank."""
+
+    block_tokens: int = 16
+    max_batch_tokens: int = 512
+    max_sequences: int = 64
+    kv_cache_bytes: int | Auto = "auto"
+    context_tokens: int | Auto = "auto"
+    prefix_cache: bool = True
+    step_timeout_s: float = 300.0
+    load_timeout_s: float = 1800.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who holds what, in which precision, with which limits."""
+
+    mesh: Mesh | None = None
+    replicas: tuple[Replica, ...] = ()
+    precision: Precision = field(default_factory=Precision)
+    engine: EngineLimits = field(default_factory=EngineLimits)
+    estimate: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def from_mesh(*, dp: int = 1, pp: int = 1, tp: int = 1) -> Plan:
+        """A regular grid of dp * pp * tp ranks."""
+        return Plan(mesh=Mesh(dp, pp, tp))
+
+    @staticmethod
+    def default(nodes: Sequence[int]) -> Plan:
+        """Tensor parallel over the ranks of a node, pipeline over nodes; `nodes` is the node index of each rank."""
+        by_node: dict[int, list[int]] = {}
+        for rank, node in enumerate(nodes):
+            by_node.setdefault(node, []).append(rank)
+        return Plan(replicas=(Replica(tuple(Stage(tuple(ranks)) for ranks in by_node.values())),))
+
+    @property
+    def ranks(self) -> frozenset[int]:
+        """Every rank that the plan uses; none for the short form."""
+        return frozenset(rank for replica in self.replicas for rank in replica.ranks)
+
+    def resolve(self, shape: ModelShape, world_size: int) -> Plan:
+        """Expand to the explicit form and check it against a model and a world.
+
+        Raises:
+            ConfigError: ranks absent from the world or used twice, a mesh of another size, layers that do not add up
+                to the model's, or more ranks in a stage than the model has heads.
+        """
+        replicas = self.replicas if self.mesh is None else _grid(self.mesh, world_size)
+        placed = tuple(_place_layers(index, replica, shape.num_layers) for index, replica in enumerate(replicas))
+        _check_ranks(placed, world_size)
+        _check_widths(placed, shape)
+        return replace(self, mesh=None, replicas=placed)
+
+
+def _grid(mesh: Mesh, world_size: int) -> tuple[Replica, ...]:
+    if mesh.size != world_size:
+        raise ConfigError(
+            f"{mesh} ranks, but the job has {world_size}: start {mesh.size} ranks, "
+            f"or change the mesh to a product of {world_size}",
+            key="mesh",
+        )
+    return tuple(
+        Replica(
+            tuple(
+                Stage(tuple(range(first, first + mesh.tp)))
+                for first in range(d * mesh.pp * mesh.tp, (d + 1) * mesh.pp * mesh.tp, mesh.tp)
+            )
+        )
+        for d in range(mesh.dp)
+    )
+
+
+def _place_layers(index: int, replica: Replica, num_layers: int) -> Replica:
+    """Fill in the layers that a replica leaves open (equal parts, the earlier stages taking the remainder)."""
+    stages = replica.stages
+    key = f"replicas[{index}].stages"
+    if len(stages) > num_layers:
+        raise ConfigError(
+            f"{len(stages)} stages, but the model has {num_layers} layers: every stage needs one", key=key
+        )
+    if all(stage.layers == 0 for stage in stages):
+        base, extra = divmod(num_layers, len(stages))
+        counts = [base + (position < extra) for position in range(len(stages))]
+    else:
+        counts = [stage.layers for stage in stages]
+        for position, count in enumerate(counts):
+            if count == 0:
+                raise ConfigError("give `layers` to every stage of a replica or to none", key=f"{key}[{position}]")
+    if sum(counts) != num_layers:
+        raise ConfigError(f"the stages hold {sum(counts)} layers, but the model has {num_layers}", key=key)
+    placed, first = [], 0
+    for stage, count in zip(stages, counts, strict=True):
+        shares = stage.shares or (1.0,) * len(stage.ranks)
+        placed.append(replace(stage, layers=count, shares=shares, first_layer=first))
+        first += count
+    return Replica(tuple(placed))
+
+
+def _check_ranks(replicas: Sequence[Replica], world_size: int) -> None:
+    seen: dict[int, str] = {}
+    for r, replica in enumerate(replicas):
+        for s, stage in enumerate(replica.stages):
+            key = f"replicas[{r}].stages[{s}].ranks"
+            for rank in stage.ranks:
+                if not 0 <= rank < world_size:
+                    raise ConfigError(
+                        f"rank {rank} does not exist: the job has {world_size} ranks (0 to {world_size - 1})", key=key
+                    )
+                if rank in seen:
+                    raise ConfigError(f"rank {rank} is already used in {seen[rank]}", key=key)
+                seen[rank] = key
+
+
+def _check_widths(replicas: Sequence[Replica], shape: ModelShape) -> None:
+    for r, replica in enumerate(replicas):
+        for s, stage in enumerate(replica.stages):
+            for name, total in (
+                ("heads", shape.num_heads),
+                ("ffn channels", shape.ffn),
+                ("vocabulary rows", shape.vocab),
+            ):
+                if len(stage.ranks) > total:
+                    raise ConfigError(
+                        f"{len(stage.ranks)} ranks in one stage, but the model has {total} {name}: "
+                        "every rank needs one; use more stages or fewer ranks",
+                        key=f"replicas[{r}].stages[{s}].ranks",
+                    )

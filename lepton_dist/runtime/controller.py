@@ -1,0 +1,210 @@
+"""Rank 0's side of a job: opens sessions, hands requests to replicas with credits, collects what is finished."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from lepton_dist.comm.wait import Backoff
+from lepton_dist.comm.world import World
+from lepton_dist.coordinator.balancer import Balancer
+from lepton_dist.engine.request import Request
+from lepton_dist.errors import ConfigError, LeptonError, RankLostError, RequestError
+from lepton_dist.runtime.examine import EXAMINE_TIMEOUT_S
+from lepton_dist.runtime.facts import RankFacts
+from lepton_dist.runtime.messages import (
+    Assign,
+    CloseSession,
+    Drain,
+    Dropped,
+    Examine,
+    Examined,
+    Finished,
+    Message,
+    OpenSession,
+    SessionClosed,
+    SessionReady,
+    SessionRefused,
+    Shutdown,
+)
+from lepton_dist.runtime.rank import CLOSE_TIMEOUT_S, Rank
+from lepton_dist.runtime.session import Blueprint
+from lepton_dist.runtime.watchdog import Watchdog
+from lepton_dist.text.completion import RequestOutput
+
+
+class Controller:
+    """Drives the job from rank 0, which is also a rank like the others.
+
+    Use: `open`, then `submit` while `wants_more`, `advance` in a loop, `close`, `shutdown`.
+    """
+
+    def __init__(self, world: World, watchdog: Watchdog | None = None) -> None:
+        self.world = world
+        self.ready: dict[int, SessionReady] = {}
+        self._rank = Rank(world, self._take, watchdog)
+        self._backoff = Backoff()
+        self._blueprint: Blueprint | None = None
+        self._balancer = Balancer([])
+        self._queue: deque[Request] = deque()
+        self._finished: list[tuple[str, RequestOutput]] = []
+        self._refused: dict[int, SessionRefused] = {}
+        self._closed: set[int] = set()
+        self._examined: dict[int, RankFacts] = {}
+
+    def open(self, blueprint: Blueprint, order: OpenSession, *, is_dynamic: bool = True) -> None:
+        """Open a session on every rank and wait until all have loaded; `is_dynamic` as in `Balancer`.
+
+        Raises:
+            ConfigError: weights and KV cache do not fit the memory of a rank; every rank stays as it was.
+            CheckpointError: this rank cannot read its shard (another rank's failure ends the job there).
+            RankLostError: a rank was not ready in time.
+        """
+        self.ready.clear()
+        self._refused.clear()
+        for rank in range(self.world.size):
+            self._rank.send(rank, order)
+        timeout_s = blueprint.limits.load_timeout_s
+        self._wait(lambda: set(range(self.world.size)) - {*self.ready, *self._refused}, timeout_s, "loading")
+        if self._refused:
+            refused = self._refused[min(self._refused)]
+            raise ConfigError(refused.message, key=refused.key)
+        self._blueprint = blueprint
+        sequences = blueprint.limits.max_sequences
+        credit = [sequences + max(2, sequences // 2)] * len(blueprint.plan.replicas)
+        self._balancer = Balancer(credit, is_dynamic=is_dynamic)
+
+    def examine(self, model: str = "") -> list[RankFacts]:
+        """What every rank finds out about its machine and its links, in rank order; no session need be open.
+
+        Raises:
+            RankLostError: a rank did not answer in time.
+        """
+        self._examined.clear()
+        for rank in range(self.world.size):
+            self._rank.send(rank, Examine(model))
+        # Ranks that wait for a lost one give up after the same time, and know better who it is: let them speak first.
+        timeout_s = 2 * EXAMINE_TIMEOUT_S
+        self._wait(lambda: set(range(self.world.size)) - set(self._examined), timeout_s, "examining the machines")
+        return [self._examined[rank] for rank in range(self.world.size)]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a session is open."""
+        return self._blueprint is not None
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether a submitted request would go straight to a replica."""
+        return not self._queue and self._balancer.has_credit
+
+    @property
+    def num_outstanding(self) -> int:
+        """Requests submitted and not finished."""
+        return len(self._queue) + self._balancer.num_outstanding
+
+    def check(self, request: Request) -> None:
+        """Whether a request can run here.
+
+        Raises:
+            RequestError: it needs more of the KV cache than there is.
+        """
+        blueprint = self._require_open()
+        blocks = min(ready.num_blocks for ready in self.ready.values() if ready.num_blocks)
+        capacity = blocks * blueprint.limits.block_tokens
+        needed = len(request.prompt) + request.sampling.max_tokens
+        if needed > capacity:
+            raise RequestError(
+                f"prompt and output need {needed} tokens of KV cache ({len(request.prompt)} + max_tokens "
+                f"{request.sampling.max_tokens}), the cache holds {capacity}: raise engine.kv_cache_bytes, or lower "
+                "max_tokens",
+            )
+
+    def submit(self, request: Request) -> None:
+        """Queue a request that `check` accepts."""
+        self._queue.append(request)
+
+    def advance(self) -> list[tuple[str, RequestOutput]]:
+        """Do what there is to do, or doze a little; returns what has finished since the last call.
+
+        Raises:
+            RankLostError: a rank did not answer in time.
+        """
+        self._assign()
+        if self._rank.advance():
+            self._backoff.busy()
+        elif not self._finished:
+            self._backoff.idle()
+        finished, self._finished = self._finished, []
+        return finished
+
+    def drain(self) -> None:
+        """Admit nothing more: drop the queue, and take back what no replica has begun."""
+        self._queue.clear()
+        for replica in self._require_open().plan.replicas:
+            self._rank.send(replica.leader, Drain())
+
+    def close(self) -> None:
+        """Close the session on every rank; what is unfinished is given up."""
+        blueprint = self._require_open()
+        self._queue.clear()
+        self._closed.clear()
+        leaders = {replica.leader for replica in blueprint.plan.replicas}
+        for rank in range(self.world.size):
+            if rank in leaders or rank not in blueprint.plan.ranks:
+                self._rank.send(rank, CloseSession())
+        timeout_s = blueprint.limits.step_timeout_s + CLOSE_TIMEOUT_S
+        self._wait(lambda: set(range(self.world.size)) - self._closed, timeout_s, "closing the session")
+        self._blueprint = None
+
+    def shutdown(self, code: int) -> None:
+        """End every other rank with this exit code."""
+        for rank in range(1, self.world.size):
+            self._rank.send(rank, Shutdown(code))
+        self._rank.flush()
+
+    def _assign(self) -> None:
+        while self._queue:
+            request = self._queue[0]
+            tokens = len(request.prompt) + request.sampling.max_tokens * request.sampling.n
+            replica = self._balancer.assign(request.key, tokens)
+            if replica is None:
+                return
+            self._queue.popleft()
+            self._rank.send(self._require_open().plan.replicas[replica].leader, Assign([request]))
+
+    def _take(self, message: Message) -> None:
+        """A message that only rank 0 gets."""
+        if isinstance(message, Finished):
+            self._balancer.finished(message.key)
+            self._finished.append((message.key, message.output))
+        elif isinstance(message, Dropped):
+            for key in message.keys:
+                self._balancer.finished(key)
+        elif isinstance(message, SessionReady):
+            self.ready[message.rank] = message
+        elif isinstance(message, SessionRefused):
+            self._refused[message.rank] = message
+        elif isinstance(message, SessionClosed):
+            self._closed.add(message.rank)
+        elif isinstance(message, Examined):
+            self._examined[message.facts.rank] = message.facts
+        else:
+            raise LeptonError(f"rank 0 got the unexpected message {type(message).__name__}")
+
+    def _wait(self, missing: Callable[[], set[int]], timeout_s: float, phase: str) -> None:
+        end = time.monotonic() + timeout_s
+        while ranks := missing():
+            if self._rank.advance():
+                self._backoff.busy()
+            else:
+                self._backoff.idle()
+            if time.monotonic() > end:
+                names = ", ".join(f"rank {rank} on {self.world.hosts[rank]}" for rank in sorted(ranks))
+                raise RankLostError(f"while {phase}: no word within {timeout_s:g} s from {names}")
+
+    def _require_open(self) -> Blueprint:
+        if self._blueprint is None:
+            raise LeptonError("no session is open")
+        return self._blueprint

@@ -1,0 +1,62 @@
+"""What a rank finds out about its machine and its links, as plain data that travels to rank 0."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class PairTiming(msgspec.Struct, frozen=True):
+    """One measured pair of world ranks: half a round trip of 8 bytes, and the rate of large messages one way."""
+
+    first: int
+    second: int
+    latency_s: float
+    bytes_per_s: float
+
+
+class CollectiveTiming(msgspec.Struct, frozen=True):
+    """One cell of a group's calibration: the slowest rank's median seconds."""
+
+    operation: str
+    num_bytes: int
+    transport: str
+    algorithm: str
+    seconds: float
+
+
+class GroupFacts(msgspec.Struct, frozen=True):
+    """What joins the ranks of one node, or of the whole job: as seen by the group's first rank.
+
+    `choices` is the calibrated table in words, `notices` say why a transport is missing.
+    """
+
+    name: str
+    ranks: list[int]
+    transports: list[str]
+    timings: list[CollectiveTiming]
+    choices: list[str]
+    notices: list[str]
+
+
+class RankFacts(msgspec.Struct, frozen=True):
+    """One rank and what it may use of its machine. Sizes are bytes.
+
+    `cores` are those of its affinity mask, `online_cores` the node's. `asked_threads` is 0 where the job asks for
+    none. `model` is the fingerprint of the model directory as this node sees it, or begins with ``error:``; it is
+    empty where nobody asked or another rank of the node looked.
+    """
+
+    rank: int
+    versions: dict[str, str]
+    cores: list[int]
+    online_cores: int
+    asked_threads: int
+    threads: int
+    memory_bytes: int
+    node_memory_bytes: int
+    shm_bytes: int
+    shm_free_bytes: int
+    gpus: int = 0
+    model: str = ""
+    groups: list[GroupFacts] = []
+    pairs: list[PairTiming] = []

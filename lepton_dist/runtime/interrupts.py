@@ -1,0 +1,64 @@
+"""Signals: where something is in flight the first asks for an orderly stop; any other leaves at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+from lepton_dist.errors import EXIT_STOPPED
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Interrupts:
+    """The signals that ask this job to stop. On ranks other than 0 they are ignored: rank 0 tells those."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.is_orderly = False
+        """Whether the first signal only sets `name`, for the program to heed. Else it leaves: nothing would be lost."""
+
+        self._leave: Callable[[], object] | None = None
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether a signal has asked for a stop."""
+        return bool(self.name)
+
+    def install(self, leave: Callable[[], object]) -> None:
+        """Start listening; `leave` ends the process and does not return."""
+        self._leave = leave
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        is_second = self.is_requested
+        self.name = signal.Signals(number).name
+        if self._leave is not None and (is_second or not self.is_orderly):
+            _say(f"{self.name}: leaving at once; the same command resumes")
+            self._leave()
+
+
+def ignore_interrupts() -> None:
+    """Leave signals to rank 0, or, where it is about to leave itself, unanswered."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def leave_on_interrupts(*, is_quiet: bool) -> None:
+    """Until there is a job to speak of, a signal ends this process. `is_quiet` on all ranks but one."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if not is_quiet:
+            _say(f"{signal.Signals(number).name}: leaving before the start")
+        os._exit(EXIT_STOPPED)
+
+    for number in SIGNALS:
+        signal.signal(number, leave)
+
+
+def _say(text: str) -> None:
+    # Not through sys.stderr, which the signal may have interrupted.
+    os.write(2, f"lepton-dist: {text}\n".encode())

@@ -1,0 +1,93 @@
+"""The leader of a replica: keeps its stages busy, one command a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from lepton_dist.engine.batch import RunBatch
+from lepton_dist.engine.engine import Engine
+from lepton_dist.engine.request import Request
+from lepton_dist.engine.runner import StageRunner, StepResult
+from lepton_dist.errors import RankLostError
+from lepton_dist.runtime.messages import CloseSession, Dropped, Finished, Message
+
+
+class Leader:
+    """Drives one replica from its first rank.
+
+    `send` passes a message to a world rank; `describe_last` names the ranks whose result it waits for.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        runner: StageRunner,
+        followers: tuple[int, ...],
+        num_stages: int,
+        step_timeout_s: float,
+        send: Callable[[int, Message], None],
+        describe_last: Callable[[], str],
+    ) -> None:
+        self._engine, self._runner, self._followers = engine, runner, followers
+        self._num_stages, self._step_timeout_s = num_stages, step_timeout_s
+        self._send, self._describe_last = send, describe_last
+        self._last_progress_s = time.monotonic()
+        self._is_closing = False
+
+    def assign(self, requests: list[Request]) -> None:
+        """Queue requests."""
+        for request in requests:
+            self._engine.add(request)
+
+    def drain(self) -> None:
+        """Give back what has not begun."""
+        self._send(0, Dropped(self._engine.drop_waiting()))
+
+    def close(self) -> None:
+        """Start no more steps; followers are told when those in flight are back."""
+        self._is_closing = True
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was told to close and no step is in flight."""
+        return self._is_closing and self._engine.num_in_flight == 0
+
+    def release(self) -> None:
+        """Tell the followers that the session is over, behind the last step."""
+        for rank in self._followers:
+            self._send(rank, CloseSession())
+
+    def advance(self) -> bool:
+        """Start a step if the pipeline has room and there is work; False when there is nothing to do now.
+
+        Raises:
+            RankLostError: a step has not come back in time.
+        """
+        if self._engine.num_in_flight and time.monotonic() - self._last_progress_s > self._step_timeout_s:
+            raise RankLostError(
+                f"while stepping: no result within {self._step_timeout_s:g} s from {self._describe_last()}"
+            )
+        if self._is_closing or self._engine.num_in_flight >= self._num_stages or not self._engine.has_work:
+            return False
+        batch = self._engine.next_batch()
+        if batch is None:
+            return False
+        if self._engine.num_in_flight == 1:
+            self._last_progress_s = time.monotonic()
+        self._run(batch)
+        return True
+
+    def take(self, result: StepResult) -> None:
+        """A step came back: report the requests that it finished."""
+        self._last_progress_s = time.monotonic()
+        for key, output in self._engine.apply(result):
+            self._send(0, Finished(key, output))
+
+    def _run(self, batch: RunBatch) -> None:
+        for rank in self._followers:
+            self._send(rank, batch)
+        self._runner.expect(batch)
+        result = self._runner.run(batch)
+        if result is not None:
+            self.take(result)

@@ -1,0 +1,133 @@
+"""Everything that ranks say to one another, as a closed set of types in flat buffers (msgpack). Nothing is unpickled.
+
+Commands go down (rank 0 to leaders, leaders to the ranks of their replica), results come up.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from lepton_dist.engine.batch import RunBatch
+from lepton_dist.engine.request import Request
+from lepton_dist.engine.runner import StepResult
+from lepton_dist.runtime.facts import RankFacts
+from lepton_dist.text.completion import RequestOutput
+
+
+class OpenSession(msgspec.Struct, tag=True):
+    """To every rank: load a model under a plan. `plan` is resolved YAML; dtypes are names."""
+
+    model: str
+    plan: str
+    weights: str
+    kv_cache: str
+    wire: str
+    threads: int
+
+
+class SessionReady(msgspec.Struct, tag=True):
+    """To rank 0: this rank has loaded its shard. Zeros where it has no seat."""
+
+    rank: int
+    num_blocks: int = 0
+    kv_bytes: int = 0
+    weight_bytes: int = 0
+    threads: int = 0
+
+
+class SessionRefused(msgspec.Struct, tag=True):
+    """To rank 0: the session cannot be, for a reason that every rank finds; `key` is the plan's key to change."""
+
+    rank: int
+    message: str
+    key: str
+
+
+class CloseSession(msgspec.Struct, tag=True):
+    """Leave the session: from rank 0 to leaders and spare ranks, from leaders to their replica."""
+
+
+class SessionClosed(msgspec.Struct, tag=True):
+    """To rank 0: this rank has left the session."""
+
+    rank: int
+
+
+class Examine(msgspec.Struct, tag=True):
+    """To every rank: look at your machine, measure your links, and see whether you find the directory `model`."""
+
+    model: str
+
+
+class Examined(msgspec.Struct, tag=True):
+    """To rank 0: what this rank found."""
+
+    facts: RankFacts
+
+
+class Shutdown(msgspec.Struct, tag=True):
+    """To every rank: end the process with this exit code."""
+
+    code: int
+
+
+class Assign(msgspec.Struct, tag=True):
+    """To a leader: run these requests."""
+
+    requests: list[Request]
+
+
+class Drain(msgspec.Struct, tag=True):
+    """To a leader: give back what has not begun."""
+
+
+class Dropped(msgspec.Struct, tag=True):
+    """To rank 0: these requests were given back."""
+
+    keys: list[str]
+
+
+class Finished(msgspec.Struct, tag=True):
+    """To rank 0: a request is done."""
+
+    key: str
+    output: RequestOutput
+
+
+Message = (
+    OpenSession
+    | SessionReady
+    | SessionRefused
+    | CloseSession
+    | SessionClosed
+    | Examine
+    | Examined
+    | Shutdown
+    | Assign
+    | Drain
+    | Dropped
+    | Finished
+    | RunBatch
+    | StepResult
+)
+
+
+class Codec:
+    """Messages to bytes and back.
+
+    Raises:
+        msgspec.DecodeError: the bytes are no message of the set.
+    """
+
+    def __init__(self) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(Message)
+
+    def encode(self, message: Message) -> bytes:
+        """A message as bytes."""
+        return self._encoder.encode(message)
+
+    def decode(self, payload: bytes) -> Message:
+        """The message in some bytes."""
+        decoded: Message = self._decoder.decode(payload)
+        return decoded

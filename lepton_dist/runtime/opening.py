@@ -1,0 +1,95 @@
+"""Opening a model on the job: from a directory, a plan and options to a running session."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from lepton_dist.comm.world import World
+from lepton_dist.documents import Document, read_yaml
+from lepton_dist.errors import ConfigError
+from lepton_dist.plan.document import plan_from_document, plan_to_yaml
+from lepton_dist.plan.plan import Plan
+from lepton_dist.plan.precision import Dtypes, decide_dtypes
+from lepton_dist.runtime.controller import Controller
+from lepton_dist.runtime.messages import OpenSession
+from lepton_dist.runtime.session import Blueprint
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """What to open: `plan` None means tensor parallel inside nodes and pipelines between them."""
+
+    model: str
+    plan: Plan | None = None
+    dtype: str | None = None
+    threads: int = 0
+
+
+def notice(text: str) -> None:
+    """Tell the user something that is no error."""
+    print(f"lepton-dist: {text}", file=sys.stderr, flush=True)
+
+
+def load_plan_document(path: str | None) -> tuple[Plan | None, Document | None]:
+    """A plan file and its document, which knows the lines."""
+    if path is None:
+        return None, None
+    document = read_yaml(path)
+    return plan_from_document(document), document
+
+
+def draw_blueprint(world: World, request: ModelRequest, document: Document | None = None) -> tuple[Blueprint, Dtypes]:
+    """Fit the plan to the model and the world, before any rank loads anything.
+
+    Raises:
+        CheckpointError, ConfigError: as `Blueprint.draw`, with the place in the plan file.
+    """
+    plan = request.plan or Plan.default(world.nodes)
+    try:
+        blueprint = Blueprint.draw(request.model, plan, world.size)
+    except ConfigError as error:
+        raise (document.located(error) if document is not None else error) from None
+    return blueprint, decide_dtypes(plan.precision, request.dtype, blueprint.config.dtype)
+
+
+def open_model(
+    controller: Controller, request: ModelRequest, document: Document | None = None, *, is_dynamic: bool = True
+) -> Blueprint:
+    """Open a session on every rank, and say what it holds; `is_dynamic` as in `Balancer`.
+
+    Raises:
+        CheckpointError, ConfigError: the model or the plan is wrong.
+        RankLostError: a rank was not ready in time.
+    """
+    world = controller.world
+    blueprint, dtypes = draw_blueprint(world, request, document)
+    if dtypes.notice:
+        notice(dtypes.notice)
+    if request.plan is None and world.size > 1:
+        notice("no --plan: using the one below, which can be saved and given as a file")
+        print(plan_to_yaml(blueprint.plan), file=sys.stderr, end="", flush=True)
+    spare = sorted(set(range(world.size)) - blueprint.plan.ranks)
+    if spare:
+        notice(f"warning: the plan leaves out rank(s) {', '.join(map(str, spare))}")
+    order = OpenSession(
+        model=str(Path(request.model).absolute()),
+        plan=plan_to_yaml(blueprint.plan),
+        weights=dtypes.weights,
+        kv_cache=dtypes.kv_cache,
+        wire=dtypes.wire,
+        threads=request.threads,
+    )
+    try:
+        controller.open(blueprint, order, is_dynamic=is_dynamic)
+    except ConfigError as error:
+        raise (document.located(error) if document is not None else error) from None
+    seated = [ready for ready in controller.ready.values() if ready.num_blocks]
+    tokens = [ready.num_blocks * blueprint.limits.block_tokens for ready in seated]
+    notice(
+        f"{blueprint.config.family}, weights {dtypes.weights}, {len(blueprint.plan.replicas)} replica(s) "
+        f"on {len(seated)} rank(s), {min(ready.threads for ready in seated)} thread(s) a rank, KV cache "
+        f"{min(tokens)} tokens a replica ({max(ready.kv_bytes for ready in seated) / 2**20:.0f} MiB a rank at most)"
+    )
+    return blueprint

@@ -1,0 +1,165 @@
+"""From rows to requests, ahead of the ranks: tokenised, checked against the context, with every default filled in."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lepton_dist.config.sampling import SamplingParams, checkpoint_defaults, request_seed
+from lepton_dist.engine.request import Request
+from lepton_dist.errors import RequestError
+from lepton_dist.model.fields import ConfigFields
+from lepton_dist.text.prompt import prompt_ids
+from lepton_dist.text.rows import BadRow, PromptRow
+from lepton_dist.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A row that can be run, and its request."""
+
+    row: PromptRow
+    request: Request
+
+
+Item = Prepared | BadRow
+
+
+def checkpoint_sampling(model: str) -> dict[str, Any]:
+    """The sampling fields of a checkpoint's generation_config.json; none where it has no such file.
+
+    Raises:
+        CheckpointError: the file is no JSON mapping, or holds a value out of range.
+    """
+    path = Path(model) / "generation_config.json"
+    return checkpoint_defaults(ConfigFields.read_file(path).values) if path.is_file() else {}
+
+
+def refused(row: PromptRow, error: RequestError) -> BadRow:
+    """The bad row that a row becomes when its request is refused."""
+    return BadRow(key=row.key, id=row.id, line=row.line, dialect=row.dialect, kind=error.kind, message=str(error))
+
+
+class RequestMaker:
+    """Turns rows into requests for one model.
+
+    Args:
+        options: sampling fields of the command; they go before `checkpoint`'s.
+        checkpoint: sampling fields of the checkpoint's generation_config.json.
+        context_tokens: the most tokens of prompt and output together.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        options: Mapping[str, Any],
+        checkpoint: Mapping[str, Any],
+        *,
+        vocab: int,
+        context_tokens: int,
+        base_seed: int,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._options, self._checkpoint = options, checkpoint
+        self._vocab, self._context_tokens, self._base_seed = vocab, context_tokens, base_seed
+
+    def prepare(self, row: PromptRow | BadRow) -> Item:
+        """The row with its request, or the bad row that says why there is none.
+
+        Raises:
+            CheckpointError: the row is text, and the model has no tokenizer.
+        """
+        if isinstance(row, BadRow):
+            return row
+        try:
+            return Prepared(row, self.request(row))
+        except RequestError as error:
+            return refused(row, error)
+
+    def request(self, row: PromptRow) -> Request:
+        """The request of a row.
+
+        Raises:
+            RequestError: an unknown token id, a value out of range, or a prompt that leaves no room in the context.
+            CheckpointError: as `prepare`.
+        """
+        params = SamplingParams.merged(row.overrides, self._options, self._checkpoint)
+        ids = prompt_ids(row, self._tokenizer)
+        beyond = next((token for token in ids if not 0 <= token < self._vocab), None)
+        if beyond is not None:
+            raise RequestError(f"prompt_token_ids holds {beyond}; the model's ids go from 0 to {self._vocab - 1}")
+        room = self._context_tokens - len(ids)
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens, but the context holds {self._context_tokens}, of which one "
+                "at least is for the output: shorten the prompt",
+                kind="context_length_exceeded",
+            )
+        seed = request_seed(self._base_seed, row.id) if params.seed is None else params.seed
+        return Request(
+            row.key, ids, msgspec.structs.replace(params, seed=seed, max_tokens=min(params.max_tokens, room))
+        )
+
+
+class Ahead:
+    """Prepares items in a thread of its own, a bounded number ahead of need.
+
+    `take` never waits. An error of the thread comes out of `take`.
+    """
+
+    def __init__(
+        self, rows: Iterable[PromptRow | BadRow], prepare: Callable[[PromptRow | BadRow], Item], depth: int
+    ) -> None:
+        self._items: queue.Queue[Item | BaseException | None] = queue.Queue(depth)
+        self._stopped = threading.Event()
+        self.is_exhausted = False
+        self._thread = threading.Thread(target=self._work, args=(iter(rows), prepare), name="tokenizer", daemon=True)
+        self._thread.start()
+
+    def take(self) -> Item | None:
+        """The next item; None when none is ready, or none is left (then `is_exhausted`).
+
+        Raises:
+            LeptonError: whatever reading or preparing a row has raised.
+        """
+        if self.is_exhausted:
+            return None
+        try:
+            item = self._items.get_nowait()
+        except queue.Empty:
+            return None
+        if isinstance(item, BaseException):
+            self.is_exhausted = True
+            raise item
+        self.is_exhausted = item is None
+        return item
+
+    def stop(self) -> None:
+        """End the thread; what it has prepared is given up."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _work(self, rows: Iterator[PromptRow | BadRow], prepare: Callable[[PromptRow | BadRow], Item]) -> None:
+        last: BaseException | None = None
+        try:
+            for row in rows:
+                if not self._put(prepare(row)):
+                    return
+        except BaseException as error:  # handed to the thread that takes
+            last = error
+        self._put(last)
+
+    def _put(self, item: Item | BaseException | None) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._items.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False

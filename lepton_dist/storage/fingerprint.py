@@ -1,0 +1,74 @@
+"""What a model or an input *is*, by content: copies are equal wherever they lie, and whenever they were written.
+
+Small files are read whole. Of a large weight file its size, its header and some blocks are read, so that 100 GB take
+about a second; a change of a few weights in between, which keeps the size, goes unseen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from lepton_dist.errors import CheckpointError, UsageError
+
+_BLOCK_BYTES = 64 * 1024
+_WHOLE_BYTES = 32 * 1024 * 1024
+# A safetensors header lies at the start; names, shapes and offsets of a large model's tensors take less than this.
+_HEADER_BYTES = 1024 * 1024
+_MAX_BLOCKS, _MIN_BLOCKS_PER_FILE, _MAX_BLOCKS_PER_FILE = 256, 2, 16
+# What decides the answers; not the README, pictures, code that is not run, or the outputs of runs.
+_SUFFIXES = frozenset({".json", ".jinja", ".model", ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".zst"})
+_PATTERNS = ("*", "additional_chat_templates/*.jinja")
+
+
+def model_fingerprint(directory: str | Path) -> str:
+    """A digest (32 hexadecimal digits) of a model directory: its configuration, tokenizer and weights.
+
+    Raises:
+        CheckpointError: the directory is absent or empty, or a file cannot be read.
+    """
+    root = Path(directory)
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        files = sorted(path for pattern in _PATTERNS for path in root.glob(pattern) if _is_part_of_model(path))
+        if not files:
+            raise CheckpointError(f"{root}: holds no model: no configuration and no weights")
+        sampled = sum(path.stat().st_size > _WHOLE_BYTES for path in files)
+        num_blocks = min(_MAX_BLOCKS_PER_FILE, max(_MIN_BLOCKS_PER_FILE, _MAX_BLOCKS // max(sampled, 1)))
+        for path in files:
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(root).as_posix()}\0{size}\0".encode("utf-8", "surrogateescape"))
+            _add_content(digest, path, size, num_blocks)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or root}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def file_digest(path: str | Path) -> str:
+    """The SHA-256 of a whole file, in hexadecimal.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _is_part_of_model(path: Path) -> bool:
+    is_other = path.name.startswith(".") or path.name.endswith(".job.json")
+    return path.suffix in _SUFFIXES and not is_other and path.is_file()
+
+
+def _add_content(digest: hashlib.blake2b, path: Path, size: int, num_blocks: int) -> None:
+    with path.open("rb") as file:
+        if size <= _WHOLE_BYTES:
+            digest.update(file.read())
+            return
+        digest.update(file.read(_HEADER_BYTES))
+        for index in range(num_blocks):
+            # Evenly spread, the last one at the very end.
+            file.seek((size - _BLOCK_BYTES) * (index + 1) // num_blocks)
+            digest.update(file.read(_BLOCK_BYTES))

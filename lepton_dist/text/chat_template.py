@@ -1,0 +1,155 @@
+"""A checkpoint's chat template, rendered as Hugging Face transformers renders it.
+
+Templates come with checkpoints and are not trusted: they run in jinja2's immutable sandbox and see plain data only.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lepton_dist.errors import CheckpointError, RequestError
+
+if TYPE_CHECKING:
+    import jinja2
+
+
+class ChatTemplate:
+    """One compiled template.
+
+    Args:
+        source: the jinja2 source.
+        special_tokens: names the template may use, such as ``bos_token``, and their text.
+
+    Raises:
+        RequestError: the source is not a valid template. It is the requests with messages that fail, not the others.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        import jinja2
+
+        self._source = source
+        self._special_tokens = dict(special_tokens)
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateError as error:
+            raise RequestError(f"the model's chat template is not valid jinja2: {error.message}") from None
+
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """The text of a chat, up to where the assistant's answer begins.
+
+        Raises:
+            RequestError: the template refuses the messages, or fails on them.
+        """
+        # A round trip through JSON leaves plain data only, and keeps the template away from the caller's objects.
+        plain = json.loads(json.dumps(list(messages)))
+        plain_tools = json.loads(json.dumps(list(tools))) if tools else None
+        try:
+            return self._template.render(
+                messages=plain,
+                tools=plain_tools,
+                documents=None,
+                add_generation_prompt=True,
+                **self._special_tokens,
+            )
+        except Exception as error:  # a template is a program: whatever it raises, it is this row that cannot be run
+            raise RequestError(f"the model's chat template refuses these messages: {self._reason(error)}") from None
+
+    def _reason(self, error: Exception) -> str:
+        """What the template said, if those very words stand in it; anything else could repeat the prompt."""
+        message = str(error)
+        is_literal = message and any(quote + message + quote in self._source for quote in ("'", '"'))
+        return message if is_literal else f"{type(error).__name__} while rendering"
+
+
+def _environment() -> jinja2.Environment:
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class GenerationBlock(jinja2.ext.Extension):
+        """``{% generation %}`` marks the assistant's own words for training; here it only passes them through."""
+
+        tags = {"generation"}  # noqa: RUF012 (the base class declares it so)
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    # jinja2's own tojson escapes HTML and cannot keep non-ASCII text as it is.
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def strftime_now(layout: str) -> str:
+        return datetime.datetime.now().strftime(layout)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    return environment
+
+
+def find_template_sources(model_dir: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """Template sources of a model directory by name; "default" is the usual one, "tool_use" serves rows with tools.
+
+    Looks, first found first taken, at ``chat_template.jinja`` (and ``additional_chat_templates/*.jinja``),
+    ``chat_template.json``, and ``chat_template`` in ``tokenizer_config.json``. Empty where the model has none.
+
+    Raises:
+        CheckpointError: a file cannot be read or holds something else.
+    """
+    single = model_dir / "chat_template.jinja"
+    if single.is_file():
+        named = sorted((model_dir / "additional_chat_templates").glob("*.jinja"))
+        return {"default": _read_text(single), **{path.stem: _read_text(path) for path in named}}
+    wrapped = model_dir / "chat_template.json"
+    if wrapped.is_file():
+        content = read_json_object(wrapped)
+        return _named_sources(content.get("chat_template"), wrapped)
+    return _named_sources(tokenizer_config.get("chat_template"), model_dir / "tokenizer_config.json")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a checkpoint's file.
+
+    Raises:
+        CheckpointError: it cannot be read, is not JSON, or is not an object.
+    """
+    try:
+        content = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def _named_sources(value: Any, path: Path) -> dict[str, str]:
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list):
+        value = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+    if isinstance(value, dict) and all(isinstance(part, str) for pair in value.items() for part in pair):
+        return dict(value)
+    raise CheckpointError(f"{path}: chat_template must be a string, or named strings")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None

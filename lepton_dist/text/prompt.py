@@ -1,0 +1,30 @@
+"""From a row's prompt, whatever its form, to token ids."""
+
+from __future__ import annotations
+
+from lepton_dist.errors import CheckpointError, RequestError
+from lepton_dist.text.rows import PromptRow
+from lepton_dist.text.tokenizer import Tokenizer
+
+
+def prompt_ids(row: PromptRow, tokenizer: Tokenizer | None) -> list[int]:
+    """The token ids that the model is given for a row; at least one.
+
+    Raises:
+        RequestError: the prompt is empty, cannot be encoded, or is a chat that the model's template refuses.
+        CheckpointError: the row needs a tokenizer and the model has none.
+    """
+    if row.prompt_token_ids is not None:
+        return row.prompt_token_ids
+    if tokenizer is None:
+        raise CheckpointError(
+            f"line {row.line} holds text, and the model directory has no tokenizer.json; "
+            "add it, or give prompt_token_ids"
+        )
+    if row.messages is not None:
+        ids = tokenizer.encode_chat(row.messages, row.tools)
+    else:
+        ids = tokenizer.encode(row.prompt or "")
+    if not ids:
+        raise RequestError("the prompt is empty once it is tokenised; give at least one token")
+    return ids

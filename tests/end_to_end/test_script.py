@@ -1,0 +1,93 @@
+"""The Python API as a script uses it, alone and under mpirun; and what idle ranks cost."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.end_to_end.rig import MODEL, write_rows
+from tests.harness import run, started
+
+SCRIPT = """
+import sys
+from lepton_dist import LeptonInference, SamplingParams, load_dataset
+
+dataset = load_dataset(sys.argv[1])
+inference = LeptonInference(model_path=sys.argv[2], dtype="float32", threads=1)
+inference.set_batch_size(2)
+inference.set_dynamic_scheduling(True)
+sampling = SamplingParams(max_tokens=8, temperature=0.7)
+texts = inference.generate_texts(dataset, epochs=2, dynamic_scheduling=True, parallel=True, sampling=sampling)
+again = inference.generate_texts(["import os"], parallel=False, sampling=SamplingParams(max_tokens=8, temperature=0))
+inference.set_dynamic_scheduling(False)
+assert inference.generate_texts(dataset, epochs=2, sampling=sampling) == texts
+print(repr((texts, again)))
+"""
+
+IDLE = """
+import time
+from lepton_dist.runtime.run import run
+
+def program(controller, interrupts):
+    print("ready", flush=True)
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        controller.advance()
+    return 0
+
+run(program)
+"""
+
+
+def test_a_script_gives_the_same_texts_on_any_number_of_ranks(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    source = write_rows(tmp_path / "in.jsonl", [{"prompt": "def f(x):"}, {"prompt": "class A"}, {"prompt": "for i"}])
+    alone = run([script, source, MODEL])
+    assert alone.returncode == 0, alone.report()
+    texts, again = eval(alone.stdout)  # noqa: S307  our own script's repr
+    assert len(texts) == 6 and len(again) == 1
+    assert texts[:3] != texts[3:]  # each pass draws its own samples
+    together = run([script, source, MODEL], ranks=3)
+    assert together.returncode == 0 and not together.left, together.report()
+    assert together.stdout == alone.stdout
+
+
+@pytest.mark.parametrize("ending", ["raise ValueError('boom')", "sys.exit(5)"])
+def test_workers_leave_with_a_script_that_fails(ending: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys\nfrom lepton_dist import LeptonInference\nLeptonInference(sys.argv[1])\n{ending}\n")
+    job = run([script, MODEL], ranks=2, seconds=30)
+    assert job.returncode == (5 if "exit" in ending else 1), job.report()
+    assert not job.left, job.report()
+
+
+def test_unsupported_settings_are_refused_by_name(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom lepton_dist import LeptonInference\nfrom lepton_dist.errors import UsageError\n"
+        "try:\n    LeptonInference(sys.argv[1], quantization=True)\nexcept UsageError as error:\n    print(error)\n"
+    )
+    job = run([script, MODEL])
+    assert job.returncode == 0 and "quantization is not supported" in job.stdout, job.report()
+
+
+def test_an_idle_rank_uses_under_3_per_cent_of_a_core(tmp_path: Path) -> None:
+    script = tmp_path / "idle.py"
+    script.write_text(IDLE)
+    with started([script], ranks=2) as job:
+        while "ready" not in job.stdout:
+            assert job.process.poll() is None, job.stderr
+            time.sleep(0.05)
+        time.sleep(1.0)  # the first polls come quickly one after the other
+        ranks = [psutil.Process(pid) for pid in job.pids()]
+        ranks = [rank for rank in ranks if "python" in rank.name()]
+        before = [sum(rank.cpu_times()[:2]) for rank in ranks]
+        seconds = 4.0
+        time.sleep(seconds)
+        used = [(sum(rank.cpu_times()[:2]) - start) / seconds for rank, start in zip(ranks, before, strict=True)]
+    assert len(used) >= 2
+    assert max(used) < 0.03, used

@@ -1,0 +1,139 @@
+"""The engine without a model: what ends a sequence, how samples become one output, and what may be given back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lepton_dist.config.sampling import SamplingParams
+from lepton_dist.engine.batch import RunBatch, make_batch, read_int32, read_spans
+from lepton_dist.engine.engine import Engine
+from lepton_dist.engine.request import Request
+from lepton_dist.engine.request import Sequence as EngineSequence
+from lepton_dist.engine.runner import StepResult
+from lepton_dist.engine.scheduler import Chunk
+from lepton_dist.plan.plan import EngineLimits
+from lepton_dist.text.completion import RequestOutput, TokenLogprob
+
+END = 9
+
+
+class Scanner:
+    """Stops when the tokens of the stop string, one a character, have all been seen in order at the end."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.found: str | None = None
+        self._stops, self._text = stops, ""
+
+    def push(self, token_id: int) -> bool:
+        self._text += str(token_id)
+        self.found = next((stop for stop in self._stops if self._text.endswith(stop)), None)
+        return self.found is not None
+
+
+def engine(*, num_blocks: int = 32, num_stages: int = 1, **limits: Any) -> Engine:
+    wanted = {"block_tokens": 4, "max_batch_tokens": 32, "max_sequences": 8, **limits}
+    return Engine(EngineLimits(**wanted), num_blocks, num_stages, (END,), Scanner)
+
+
+def request(key: str, *, length: int = 3, **fields: Any) -> Request:
+    return Request(key, list(range(length)), SamplingParams(**{"max_tokens": 4, "temperature": 0.0, **fields}))
+
+
+def answer(batch: RunBatch, tokens: Sequence[int]) -> StepResult:
+    """A result with these tokens, and a log-probability wherever one was asked for."""
+    asked = read_int32(batch.samples.counts, 4)[:, 1]
+    logprobs = {row: [TokenLogprob(-1.0, 1, tokens[row])] for row in np.flatnonzero(asked >= 0).tolist()}
+    scored = [[TokenLogprob(-2.0, 1, int(token))] for token in read_int32(batch.prompt_rows, 3)[:, 1]]
+    return StepResult(batch.step, np.array(tokens, dtype=np.int32).tobytes(), logprobs, scored)
+
+
+def drive(made: Engine, token: int = 5) -> dict[str, RequestOutput]:
+    """Run to the end; every step samples `token`."""
+    outputs: dict[str, RequestOutput] = {}
+    while made.has_work:
+        batch = made.next_batch()
+        assert batch is not None
+        outputs.update(made.apply(answer(batch, [token] * (len(batch.samples.rows) // 4))))
+    return outputs
+
+
+def test_a_text_ends_for_one_reason_and_the_model_s_own_end_goes_first() -> None:
+    cases: dict[str, tuple[dict[str, Any], int, str, str | int | None, int]] = {
+        "length": ({}, 5, "length", None, 4),
+        "end": ({}, END, "stop", None, 1),
+        "end as a stop token": ({"stop_token_ids": (END,)}, END, "stop", None, 1),
+        "ignored end": ({"ignore_eos": True}, END, "length", None, 4),
+        "ignored end as a stop token": ({"ignore_eos": True, "stop_token_ids": (END,)}, END, "stop", END, 1),
+        "stop token": ({"stop_token_ids": (4, 5)}, 5, "stop", 5, 1),
+        "stop string": ({"stop": ("no", "55")}, 5, "stop", "55", 2),
+        "stop string at the last token": ({"stop": ("5555",)}, 5, "stop", "5555", 4),
+    }
+    for name, (fields, token, reason, stop, count) in cases.items():
+        made = engine()
+        made.add(request(name, **fields))
+        completion = drive(made, token)[name].completions[0]
+        assert (completion.finish_reason, completion.stop_reason) == (reason, stop), name
+        assert completion.token_ids == [token] * count, name
+
+
+def test_samples_come_back_together_each_with_its_own_scanner_and_noise() -> None:
+    made = engine()
+    made.add(request("many", n=3, stop=("55",), temperature=1.0, seed=1, logprobs=0))
+    batch = made.next_batch()
+    assert batch is not None
+    keys = read_int32(batch.samples.keys, 2).tolist()
+    assert len({tuple(key) for key in keys}) == 3
+    assert not made.apply(answer(batch, [5, 4, 5]))
+    batch = made.next_batch()
+    assert batch is not None
+    assert not made.apply(answer(batch, [5, 5, 4]))  # only the first has its stop string
+    output = drive(made)["many"]
+    assert [completion.token_ids for completion in output.completions] == [[5, 5], [4, 5, 5], [5, 4, 5, 5]]
+    assert [len(completion.logprobs or []) for completion in output.completions] == [2, 3, 4]
+    assert output.usage() == {"prompt_tokens": 3, "completion_tokens": 9, "total_tokens": 12}
+
+
+def test_prompt_logprobs_are_one_entry_a_token_after_the_first() -> None:
+    made = engine(max_batch_tokens=4)
+    made.add(request("scored", length=11, n=2, prompt_logprobs=0))
+    made.add(request("one token", length=1, prompt_logprobs=0))
+    made.add(request("not", length=5))
+    outputs = drive(made)
+    entries = outputs["scored"].prompt_logprobs
+    assert entries is not None and entries[0] is None
+    assert [entry[0].token_id for entry in entries[1:] if entry] == list(range(1, 11))
+    assert outputs["one token"].prompt_logprobs == [None]
+    assert outputs["not"].prompt_logprobs is None
+
+
+def test_only_what_no_sample_has_begun_is_given_back() -> None:
+    made = engine(max_sequences=3)
+    for key in ("first", "second", "third"):
+        made.add(request(key, n=2))
+    batch = made.next_batch()  # both samples of the first, one of the second
+    assert batch is not None and read_spans(batch).shape[0] == 3
+    assert made.drop_waiting() == ["third"]
+    made.apply(answer(batch, [5, 5, 5]))
+    assert set(drive(made)) == {"first", "second"}
+
+
+def test_a_batch_as_it_travels() -> None:
+    """Flat arrays: spans, block tables behind one another, the rows to sample, and histories only of the penalised."""
+    first = EngineSequence(request("a", length=6, logprobs=3, temperature=0.5, seed=1, top_k=-1), 0, 0)
+    first.block_table = [4, 2]
+    second = EngineSequence(request("b", length=3, presence_penalty=0.5, prompt_logprobs=2), 0, 1, is_long=True)
+    second.tokens.append(7)
+    second.block_table = [9]
+    batch = make_batch(8, [Chunk(first, 4, 2, True, False), Chunk(second, 1, 3, True, True)])
+    assert (batch.step, batch.num_tokens) == (8, 5)
+    assert read_int32(batch.tokens).tolist() == [4, 5, 1, 2, 7]
+    assert read_spans(batch).tolist() == [[0, 2, 6, 2, 0], [2, 3, 4, 1, 1]]
+    assert read_int32(batch.block_tables).tolist() == [4, 2, 9]
+    assert read_int32(batch.samples.rows).tolist() == [1, 4]
+    assert read_int32(batch.samples.counts, 4).tolist() == [[0, 3, 0, 0], [0, -1, 3, 1]]
+    assert read_int32(batch.samples.history).tolist() == [0, 1, 2, 7]
+    # Of the prompt 0, 1, 2 only position 1 is scored in this chunk, by the token 2 behind it.
+    assert read_int32(batch.prompt_rows, 3).tolist() == [[2, 2, 2]]

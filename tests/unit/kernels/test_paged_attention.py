@@ -1,0 +1,56 @@
+"""The compiled decode attention against plain softmax attention in float64, over blocks in any order."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lepton_dist.kernels.attention import Decodes, PagedBatch, paged_attention
+from lepton_dist.kernels.cpu.native import native_library
+from lepton_dist.kernels.cpu.paged import can_attend
+
+BLOCK = 16
+# One rounding of the output for bfloat16 (2^-9 of values below about 1); sums of a few hundred terms for float32.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
+
+
+def exact(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: list[int], seen: range) -> torch.Tensor:
+    """Softmax attention of one token [heads, dim] in float64."""
+    heads, dim = query.shape
+    group = heads // keys.shape[2]
+    places = [(table[at // BLOCK], at % BLOCK) for at in seen]
+    k = torch.stack([keys[place] for place in places]).double().repeat_interleave(group, dim=1)
+    v = torch.stack([values[place] for place in places]).double().repeat_interleave(group, dim=1)
+    scores = torch.einsum("hd,thd->ht", query.double(), k) / math.sqrt(dim)
+    return torch.einsum("ht,thd->hd", scores.softmax(dim=1), v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(32, 8, 64), (6, 2, 16), (7, 7, 32), (12, 1, 128), (3, 1, 256)])
+@pytest.mark.parametrize("window", [None, 5, 40])
+def test_decode_attention_equals_softmax(dtype: torch.dtype, shape: tuple[int, int, int], window: int | None) -> None:
+    heads, kv_heads, dim = shape
+    torch.manual_seed(heads + dim)
+    lengths = [1, 15, 16, 17, 97]
+    blocks = [list(chunk) for chunk in torch.randperm(7 * len(lengths)).view(len(lengths), 7).tolist()]
+    keys = torch.randn(7 * len(lengths), BLOCK, kv_heads, dim).to(dtype)
+    values = torch.randn_like(keys)
+    # As in a batch: the query is a slice of the fused projection, so its rows are further apart than its width.
+    query = torch.randn(len(lengths) + 1, heads + 2 * kv_heads, dim).to(dtype)[:, :heads]
+    rows = torch.tensor([1, 2, 3, 4, 5])
+    decodes = Decodes(rows, torch.tensor(blocks), torch.tensor(lengths))
+    batch = PagedBatch(torch.empty(0, dtype=torch.int64), decodes, [])
+    result = paged_attention(query, keys, values, batch, window)
+    for index, length in enumerate(lengths):
+        start = 0 if window is None else max(0, length - window)
+        expected = exact(query[rows[index]], keys, values, blocks[index], range(start, length))
+        assert (result[rows[index]].double() - expected).abs().max() < TOLERANCE[dtype] * max(1.0, expected.abs().max())
+
+
+def test_the_compiled_kernel_was_used() -> None:
+    if native_library() is None:
+        pytest.skip("the compiled kernels were not built: no C compiler was found at installation")
+    assert can_attend(torch.zeros(1, 4, 64), torch.zeros(1, BLOCK, 2, 64))
+    assert not can_attend(torch.zeros(1, 4, 20), torch.zeros(1, BLOCK, 2, 20))
