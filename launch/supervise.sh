@@ -33,10 +33,11 @@ supervise() {
     0 | 2 | 3 | 75) exit "$code" ;;
     70) exit 70 ;;
     *)
-        # SOFT kills a rank that has not got as far as heeding it; MPICH's mpirun tells that by the bare number.
+        # SOFT kills a rank that has not got as far as heeding it. MPICH's mpirun tells that by the bare number, or'd
+        # with KILL's where that is how it then ended the others.
         soft=$(kill -l "$soft")
         case $supervise_signals:$code in
-        "1:$soft" | "1:$((128 + soft))" | [2-9]*)
+        "1:$soft" | "1:$((soft | 9))" | "1:$((128 + soft))" | [2-9]*)
             echo "$name: left at once, as asked; exit code 75. Start the same command again to resume." >&2
             exit 75
             ;;

@@ -27,7 +27,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code of the process, the same on every rank."""
     launcher = read_launcher()
-    leave_on_interrupts(is_quiet=launcher.rank != 0)
+    leave_on_interrupts(is_quiet=launcher.rank != 0, by_signal=launcher.kind == "mpich" and launcher.size > 1)
     # Before anything heavy is imported: from here on a rank that is stopped does not go unseen.
     guardian: Guardian | None = None
     if launcher.kind != "none":

@@ -47,12 +47,19 @@ def ignore_interrupts() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def leave_on_interrupts(*, is_quiet: bool) -> None:
-    """Until there is a job to speak of, a signal ends this process. `is_quiet` on all ranks but one."""
+def leave_on_interrupts(*, is_quiet: bool, by_signal: bool) -> None:
+    """Until there is a job to speak of, a signal ends this process. `is_quiet` on all ranks but one.
+
+    `by_signal`: die of the signal itself, for a launcher that takes the exit of a rank before MPI's start for a good
+    one, whatever its code, and leaves the others waiting for it inside MPI's start.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
         if not is_quiet:
             _say(f"{signal.Signals(number).name}: leaving before the start")
+        if by_signal:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         os._exit(EXIT_STOPPED)
 
     for number in SIGNALS:
