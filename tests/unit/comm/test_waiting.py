@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import accumulate
 
 import pytest
 
@@ -43,10 +44,13 @@ def test_a_long_wait_sleeps_and_calls_idle() -> None:
 def test_backoff_grows_to_its_longest_and_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(time, "perf_counter", lambda: sum(slept))
     backoff = Backoff()
-    for _ in range(20):
+    for _ in range(1000):
         backoff.idle()
-    assert slept[0] == 50e-6 and slept == sorted(slept) and slept[-1] == 0.005
+    assert slept[0] == 50e-6 and slept == sorted(slept) and slept[-1] == 0.01
+    # A twentieth of a wait of a tenth of a second at most.
+    assert all(sleep <= 0.005 for sleep, waited in zip(slept, accumulate(slept), strict=True) if waited < 0.1)
     backoff.busy()
     backoff.idle()
     assert slept[-1] == 50e-6

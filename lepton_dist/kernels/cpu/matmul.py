@@ -1,0 +1,123 @@
+"""Matmul over packed panels of weights, by the compiled kernels of `matmul_bf16.c`, `matmul_int8.c`, `matmul_int4.c`.
+
+For CPUs without matrix instructions: torch's own bfloat16 and 8-bit products are reference loops there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from lepton_dist.kernels.cpu.native import native_library
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+"""The numbers by which the kernels know dtypes of activations."""
+
+_SYMBOLS = {"bfloat16": "bf16", "int8": "int8", "int4": "int4"}
+_PANEL = 16  # as in matmul.h
+
+
+class _MatmulCall(ctypes.Structure):
+    """`struct matmul_call` of matmul.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "y", "weights", "scales")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("rows", "in_", "out", "x_stride", "y_stride", "x_kind", "y_kind", "threads")
+        ),
+    )
+
+
+@cache
+def has_panels() -> bool:
+    """Whether the compiled kernels are there and this CPU has the instructions that they use."""
+    library = native_library()
+    return library is not None and bool(library.lepton_matmul_is_supported())
+
+
+class PanelWeight:
+    """A matrix [out, in] as panels: bfloat16, int8 (a scale an output feature) or int4 (a scale for 32 of a row)."""
+
+    def __init__(self, weight: torch.Tensor, kind: str) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._panels, self._scales = _PACK[kind](weight.contiguous())
+        self._function = getattr(native_library(), f"lepton_matmul_{_SYMBOLS[kind]}")
+        scales = None if self._scales is None else self._scales.data_ptr()
+        self._call = _MatmulCall(weights=self._panels.data_ptr(), scales=scales, in_=self.in_features)
+        self._call.out = self._call.y_stride = self.out_features
+        self._reference = ctypes.byref(self._call)
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens, in] float32 or bfloat16, channels side by side -> [tokens, out] in the dtype of `x`."""
+        rows = x.shape[0]
+        y = x.new_empty((rows, self.out_features))
+        call = self._call
+        call.x, call.y, call.rows, call.x_stride = x.data_ptr(), y.data_ptr(), rows, x.stride(0)
+        call.x_kind = call.y_kind = KINDS[x.dtype]
+        call.threads = torch.get_num_threads()
+        if self._function(self._reference):
+            raise MemoryError(f"no memory for the activations of {rows} tokens x {self.in_features} channels")
+        return y
+
+
+def panel_bytes(kind: str, out_features: int, in_features: int) -> int:
+    """Bytes that a matrix takes as panels; without the compiled kernels too."""
+    rows = -(-out_features // _PANEL) * _PANEL
+    if kind == "bfloat16":
+        return rows * in_features * 2
+    if kind == "int8":
+        return rows * (in_features + in_features % 2 + 4)
+    return rows * -(-in_features // 32) * 18
+
+
+def _pack_bf16(weight: torch.Tensor) -> tuple[torch.Tensor, None]:
+    out_features, in_features = weight.shape
+    panels = torch.empty(panel_bytes("bfloat16", out_features, in_features), dtype=torch.uint8)
+    _library().lepton_pack_bf16(_at(weight), *_sizes(weight), _at(panels), _threads())
+    return panels, None
+
+
+def _pack_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    out_features, in_features = weight.shape
+    scales = torch.empty(-(-out_features // _PANEL) * _PANEL)
+    panels = torch.empty(panel_bytes("int8", out_features, in_features) - scales.nbytes, dtype=torch.int8)
+    kind = ctypes.c_int64(KINDS[weight.dtype])
+    _library().lepton_pack_int8(_at(weight), kind, *_sizes(weight), _at(panels), _at(scales), _threads())
+    return panels, scales
+
+
+def _pack_int4(weight: torch.Tensor) -> tuple[torch.Tensor, None]:
+    panels = torch.empty(panel_bytes("int4", *weight.shape), dtype=torch.uint8)
+    kind = ctypes.c_int64(KINDS[weight.dtype])
+    _library().lepton_pack_int4(_at(weight), kind, *_sizes(weight), _at(panels), _threads())
+    return panels, None
+
+
+_PACK: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]] = {
+    "bfloat16": _pack_bf16,
+    "int8": _pack_int8,
+    "int4": _pack_int4,
+}
+
+
+def _library() -> ctypes.CDLL:
+    library = native_library()
+    if library is None:
+        raise RuntimeError("the compiled kernels are not there: ask `has_panels` first")
+    return library
+
+
+def _at(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _sizes(weight: torch.Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64]:
+    return ctypes.c_int64(weight.shape[0]), ctypes.c_int64(weight.shape[1])
+
+
+def _threads() -> ctypes.c_int64:
+    return ctypes.c_int64(torch.get_num_threads())

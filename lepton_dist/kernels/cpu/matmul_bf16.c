@@ -1,0 +1,148 @@
+/* Matmul with bfloat16 weights, in float32: every weight is widened on its way to the multiplication.
+ *
+ * A panel is [in][8] words of two weights: the low half belongs to output feature i, the high half to feature i + 8, so
+ * that one load and two instructions give two vectors of floats.
+ */
+#include "matmul.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define ROWS 6 /* 6 x 2 sums, two weights and a factor: all 16 registers but one */
+
+/* x [depth][rows] times a panel -> sums [rows][16]. Few rows take several steps of k at once, each with sums of its
+   own: one chain of additions would wait for itself. */
+INLINE TARGET void multiply(const float *x, const uint16_t *panel, int64_t depth, float *sums, int rows, int steps) {
+    const __m256i high = _mm256_set1_epi32((int)0xffff0000);
+    __m256 sum[12];
+    UNROLL for (int i = 0; i < rows * steps * 2; i++) sum[i] = _mm256_setzero_ps();
+    int64_t k = 0;
+    for (; k + steps <= depth; k += steps) {
+        UNROLL for (int s = 0; s < steps; s++) {
+            const __m256i pair = _mm256_loadu_si256((const __m256i *)(panel + (k + s) * PANEL));
+            const __m256 low = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
+            const __m256 top = _mm256_castsi256_ps(_mm256_and_si256(pair, high));
+            UNROLL for (int r = 0; r < rows; r++) {
+                const __m256 factor = _mm256_broadcast_ss(x + (k + s) * rows + r);
+                sum[(s * rows + r) * 2] = _mm256_fmadd_ps(factor, low, sum[(s * rows + r) * 2]);
+                sum[(s * rows + r) * 2 + 1] = _mm256_fmadd_ps(factor, top, sum[(s * rows + r) * 2 + 1]);
+            }
+        }
+    }
+    for (; k < depth; k++) {
+        const __m256i pair = _mm256_loadu_si256((const __m256i *)(panel + k * PANEL));
+        const __m256 low = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
+        const __m256 top = _mm256_castsi256_ps(_mm256_and_si256(pair, high));
+        UNROLL for (int r = 0; r < rows; r++) {
+            const __m256 factor = _mm256_broadcast_ss(x + k * rows + r);
+            sum[r * 2] = _mm256_fmadd_ps(factor, low, sum[r * 2]);
+            sum[r * 2 + 1] = _mm256_fmadd_ps(factor, top, sum[r * 2 + 1]);
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int half = 0; half < 2; half++) {
+            __m256 total = sum[r * 2 + half];
+            UNROLL for (int s = 1; s < steps; s++) total = _mm256_add_ps(total, sum[(s * rows + r) * 2 + half]);
+            _mm256_storeu_ps(sums + r * PANEL + half * 8, total);
+        }
+}
+
+TARGET static void multiply_rows(const float *x, const uint16_t *panel, int64_t depth, float *sums, int rows) {
+#define KERNEL(n) multiply(x, panel, depth, sums, n, n == 1 ? 6 : n == 2 ? 3 : n == 3 ? 2 : 1)
+    FOR_ROWS_UP_TO_6(rows, KERNEL)
+#undef KERNEL
+}
+
+/* Rows [from, from + count) of x as [in][count] floats. */
+static void TARGET lay_out(const struct matmul_call *c, int64_t from, int64_t count, float *block) {
+    float values[256];
+    for (int64_t r = 0; r < count; r++)
+        for (int64_t k0 = 0; k0 < c->in; k0 += 256) {
+            const int64_t length = c->in - k0 < 256 ? c->in - k0 : 256;
+            float *to = block + k0 * count + r;
+            widen(c->x, c->x_kind, (from + r) * c->x_stride + k0, length, values);
+            for (int64_t k = 0; k < length; k++) to[k * count] = values[k];
+        }
+}
+
+/* 0, or 1 when there is no memory. */
+int lepton_matmul_bf16(const struct matmul_call *c) {
+    const int64_t panels = num_panels(c->out), depth = c->in;
+    const int64_t most = c->rows < CHUNK_ROWS ? c->rows : CHUNK_ROWS;
+    float *packed = scratch(most * depth * 4); /* blocks of [in][6] */
+    if (packed == NULL) return 1;
+    for (int64_t from = 0; from < c->rows; from += CHUNK_ROWS) {
+        const int64_t rows = c->rows - from < CHUNK_ROWS ? c->rows - from : CHUNK_ROWS;
+        const int64_t blocks = (rows + ROWS - 1) / ROWS;
+#pragma omp parallel num_threads(c->threads)
+        {
+#pragma omp for schedule(static)
+            for (int64_t b = 0; b < blocks; b++) {
+                const int64_t count = rows - b * ROWS < ROWS ? rows - b * ROWS : ROWS;
+                lay_out(c, from + b * ROWS, count, packed + b * ROWS * depth);
+            }
+#pragma omp for schedule(dynamic, 2)
+            for (int64_t p = 0; p < panels; p++) {
+                const uint16_t *panel = (const uint16_t *)c->weights + p * depth * PANEL;
+                for (int64_t b = 0; b < blocks; b++) {
+                    const int64_t count = rows - b * ROWS < ROWS ? rows - b * ROWS : ROWS;
+                    float sums[ROWS * PANEL] __attribute__((aligned(64)));
+                    multiply_rows(packed + b * ROWS * depth, panel, depth, sums, (int)count);
+                    for (int64_t r = 0; r < count; r++) write_y(c, from + b * ROWS + r, p, sums + r * PANEL);
+                }
+            }
+        }
+    }
+    return 0;
+}
+
+/* Eight steps of k of a panel: rows i and i + 8 side by side give words, whose 8 x 8 square is then turned over. */
+static TARGET void pack_square(const uint16_t *const *rows, int64_t k, uint16_t *to) {
+    __m256i word[8], mixed[8];
+    for (int i = 0; i < 8; i++) {
+        const __m128i low = _mm_loadu_si128((const __m128i *)(rows[i] + k));
+        const __m128i top = _mm_loadu_si128((const __m128i *)(rows[i + 8] + k));
+        word[i] = _mm256_set_m128i(_mm_unpackhi_epi16(low, top), _mm_unpacklo_epi16(low, top));
+    }
+    for (int i = 0; i < 8; i += 2) {
+        mixed[i] = _mm256_unpacklo_epi32(word[i], word[i + 1]);
+        mixed[i + 1] = _mm256_unpackhi_epi32(word[i], word[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            word[i + 2 * j] = _mm256_unpacklo_epi64(mixed[i + j], mixed[i + j + 2]);
+            word[i + 2 * j + 1] = _mm256_unpackhi_epi64(mixed[i + j], mixed[i + j + 2]);
+        }
+    for (int j = 0; j < 4; j++) {
+        const __m256i first = _mm256_permute2x128_si256(word[j], word[j + 4], 0x20);
+        const __m256i second = _mm256_permute2x128_si256(word[j], word[j + 4], 0x31);
+        _mm256_storeu_si256((__m256i *)(to + j * PANEL), first);
+        _mm256_storeu_si256((__m256i *)(to + (j + 4) * PANEL), second);
+    }
+}
+
+/* weights bfloat16 [out, in], rows contiguous -> panels of num_panels(out) * in * 16 words of 16 bits. */
+void lepton_pack_bf16(const uint16_t *weights, int64_t out, int64_t in, uint16_t *panels, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t p = 0; p < num_panels(out); p++) {
+        uint16_t *panel = panels + p * in * PANEL;
+        const uint16_t *rows[PANEL];
+        int64_t k = 0;
+        if (p * PANEL + PANEL <= out) {
+            for (int i = 0; i < PANEL; i++) rows[i] = weights + (p * PANEL + i) * in;
+            for (; k + 8 <= in; k += 8) pack_square(rows, k, panel + k * PANEL);
+        }
+        for (; k < in; k++)
+            for (int64_t i = 0; i < PANEL; i++) {
+                const int64_t row = p * PANEL + i;
+                panel[k * PANEL + (i % 8) * 2 + i / 8] = row < out ? weights[row * in + k] : 0;
+            }
+    }
+}
+
+int lepton_matmul_is_supported(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#else
+int lepton_matmul_is_supported(void) { return 0; }
+#endif
