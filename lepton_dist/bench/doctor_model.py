@@ -110,7 +110,7 @@ def _draw(model: str, plan: Plan, document: Document | None, world_size: int) ->
 
 def _check_memory(site: Site, facts: Sequence[RankFacts], blueprint: Blueprint, dtypes: Dtypes) -> Check:
     """The rank that has the least left over decides, by the rule by which a session opens."""
-    weights, kv_dtype = (getattr(torch, name) for name in (dtypes.weights, dtypes.kv_cache))
+    kv_dtype: torch.dtype = getattr(torch, dtypes.kv_cache)
     tightest: tuple[int, Check] | None = None
     tokens: list[int] = []
     for rank, seat in blueprint.seats.items():
@@ -123,7 +123,7 @@ def _check_memory(site: Site, facts: Sequence[RankFacts], blueprint: Blueprint, 
                 "plan", "FAIL", f"{site.named(rank)}: {error}", "use more ranks a stage, or nodes with more memory"
             )
         tokens.append(blocks * geometry.block_tokens)
-        held, kv_bytes = weight_bytes(blueprint.table, seat, weights.itemsize), blocks * geometry.block_bytes
+        held, kv_bytes = weight_bytes(blueprint.table, seat, dtypes), blocks * geometry.block_bytes
         left = budget - held - kv_bytes
         found = (
             f"{site.named(rank)} holds {size(held)} of weights ({dtypes.weights}) and {size(kv_bytes)} of KV cache, "

@@ -52,7 +52,7 @@ def _row(blueprint: Blueprint, dtypes: Dtypes, seat: Seat) -> tuple[str, ...]:
     blocks = blueprint.most_blocks()
     if asked != "auto":
         blocks = min(blocks, asked // geometry.block_bytes)
-    weights = weight_bytes(blueprint.table, seat, getattr(torch, dtypes.weights).itemsize)
+    weights = weight_bytes(blueprint.table, seat, dtypes)
     ends = seat.is_first or seat.is_last
     return (
         str(seat.rank),

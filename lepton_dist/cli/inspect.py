@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lepton_dist.bench.inspect import seat_table, world_size_of
+from lepton_dist.bench.links import LinkReport, NetworkLink
 from lepton_dist.errors import ConfigError, UsageError
 from lepton_dist.plan.document import plan_to_yaml
 from lepton_dist.plan.plan import Plan
@@ -19,6 +20,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", metavar="FILE", help="a sharding plan (YAML)")
     parser.add_argument("--ranks", type=int, metavar="N", help="size of the job; default: what the plan needs, or 1")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="over the plan's precision")
+    parser.add_argument("--link", metavar="US,MBIT", help="price the traffic on a link of this latency and rate")
+    parser.add_argument(
+        "--ranks-per-node", type=int, default=1, metavar="N", help="for --link: ranks that share one (1)"
+    )
 
 
 def run_command(options: argparse.Namespace) -> int:
@@ -27,8 +32,10 @@ def run_command(options: argparse.Namespace) -> int:
     Raises:
         UsageError: the model or the plan is wrong.
     """
-    if options.ranks is not None and options.ranks < 1:
-        raise UsageError(f"--ranks must be at least 1, not {options.ranks}")
+    for name, value in (("--ranks", options.ranks), ("--ranks-per-node", options.ranks_per_node)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be at least 1, not {value}")
+    link = NetworkLink.parse(options.link) if options.link else None
     plan, document = load_plan_document(options.plan)
     ranks = options.ranks or (world_size_of(plan) if plan else 1)
     plan = plan or Plan.default([0] * ranks)
@@ -44,5 +51,7 @@ def run_command(options: argparse.Namespace) -> int:
         f"weights {dtypes.weights}, KV cache {dtypes.kv_cache}"
     )
     print(seat_table(blueprint, dtypes))
+    if link is not None:
+        print("", *LinkReport(blueprint, dtypes, link, options.ranks_per_node).lines(), sep="\n")
     print("\nthe plan in full:\n" + plan_to_yaml(blueprint.plan), end="")
     return 0

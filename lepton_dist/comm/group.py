@@ -25,11 +25,12 @@ class Group:
     Tensors are CPU tensors of the dtypes in `comm.tensors.SUPPORTED`. Every member calls the same operations in the
     same order, with tensors of the same shape and dtype. Reductions combine in the order of ranks, keep sums of
     16-bit floats in float32 and round once, and give the same bits on every rank. Every wait ends with a
-    `RankLostError` when the world's patience is over.
+    `RankLostError` when the world's patience is over. `num_nodes` counts the nodes that the members lie on.
     """
 
-    def __init__(self, name: str, members: Sequence[int], rank: int, links: Links) -> None:
+    def __init__(self, name: str, members: Sequence[int], rank: int, links: Links, num_nodes: int = 1) -> None:
         self.name = name
+        self.num_nodes = num_nodes
         self.members = tuple(members)
         self.rank = rank
         self.size = len(self.members)

@@ -61,7 +61,7 @@ class World:
         if problem:
             raise ValueError(f"group {name!r} of ranks {list(ranks)}: {problem}")
         links = self._fabric.connect(ranks, name) if len(ranks) > 1 else Links()
-        return Group(name, ranks, ranks.index(self.rank), links)
+        return Group(name, ranks, ranks.index(self.rank), links, len({self.nodes[rank] for rank in ranks}))
 
     def mailbox(self, name: str) -> Mailbox:
         """A mailbox between all ranks; collective over the whole world."""
@@ -74,7 +74,7 @@ class World:
     def close(self, code: int = 0) -> None:
         """Leave in good order; collective over the world.
 
-        When the others do not come in time, the process ends here, without MPI's consent, with `code`.
+        When the others do not come in time, the job is aborted with `code`, or 70 where that is 0.
         """
         self._fabric.close(code)
 

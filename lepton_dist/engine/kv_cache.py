@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lepton_dist.engine.batch import RunBatch, read_int32, read_spans
-from lepton_dist.kernels.attention import Decodes, PagedBatch, Prefill, paged_attention, write_cache
+from lepton_dist.kernels.attention import PagedBatch, paged_attention, write_cache
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class KvGeometry:
 
 
 class KvCache:
-    """Keys and values of this rank's layers: each [blocks, block_tokens, kv_heads/tp, head_dim].
+    """Keys and values of this rank's layers: each [blocks, kv_heads/tp, block_tokens, head_dim].
 
     Pages of the arenas are touched, and so take memory, only when they are first written.
     """
 
     def __init__(self, geometry: KvGeometry, num_blocks: int) -> None:
-        shape = (num_blocks, geometry.block_tokens, geometry.num_kv_heads, geometry.head_dim)
+        shape = (num_blocks, geometry.num_kv_heads, geometry.block_tokens, geometry.head_dim)
         self.geometry = geometry
         # Zeros, not garbage: padded block tables read block 0, and masked-out NaNs would still poison a sum.
         self._keys = [torch.zeros(shape, dtype=geometry.dtype) for _ in range(geometry.num_layers)]
@@ -50,39 +50,20 @@ class KvCache:
         window: int | None,
     ) -> torch.Tensor:
         """Write the batch's keys and values, then attend: the shapes of `model.layers.Attend`."""
-        write_cache(self._keys[layer], batch.slots, key)
-        write_cache(self._values[layer], batch.slots, value)
+        write_cache(self._keys[layer], self._values[layer], batch.slots, key, value)
         return paged_attention(query, self._keys[layer], self._values[layer], batch, window)
 
 
 def lay_out(batch: RunBatch, block_tokens: int) -> tuple[torch.Tensor, PagedBatch]:
     """Positions int64 [tokens] of a batch, and where its tokens lie in the cache."""
-    spans = read_spans(batch)
-    tables = np.split(read_int32(batch.block_tables), np.cumsum(spans[:, 3])[:-1])
-    positions = np.empty(batch.num_tokens, dtype=np.int64)
-    slots = np.empty(batch.num_tokens, dtype=np.int64)
-    decodes: list[int] = []
-    prefills: list[Prefill] = []
-    for index, (start, count, length, _, _) in enumerate(spans.tolist()):
-        at = np.arange(length - count, length)
-        positions[start : start + count] = at
-        slots[start : start + count] = (
-            tables[index][at // block_tokens].astype(np.int64) * block_tokens + at % block_tokens
-        )
-        if count == 1:
-            decodes.append(index)
-        else:
-            prefills.append(Prefill(start, count, length, torch.from_numpy(tables[index].astype(np.int64))))
-    paged = PagedBatch(torch.from_numpy(slots), _decodes(spans, tables, decodes), prefills)
-    return torch.from_numpy(positions), paged
-
-
-def _decodes(spans: np.ndarray, tables: list[np.ndarray], chosen: list[int]) -> Decodes | None:
-    if not chosen:
-        return None
-    width = max(len(tables[index]) for index in chosen)
-    padded = np.zeros((len(chosen), width), dtype=np.int64)
-    for row, index in enumerate(chosen):
-        padded[row, : len(tables[index])] = tables[index]
-    rows, lengths = spans[chosen, 0].astype(np.int64), spans[chosen, 2].astype(np.int64)
-    return Decodes(torch.from_numpy(rows), torch.from_numpy(padded), torch.from_numpy(lengths))
+    fields = read_spans(batch)
+    spans = fields[:, :3].astype(np.int64)
+    starts, counts, lengths = spans.T
+    num_blocks = fields[:, 3]
+    # Each sequence's blocks in a row of their own.
+    tables = np.zeros((len(spans), num_blocks.max()), dtype=np.int64)
+    tables[np.arange(tables.shape[1]) < num_blocks[:, np.newaxis]] = read_int32(batch.block_tables)
+    of = np.repeat(np.arange(len(spans)), counts)
+    positions = np.arange(batch.num_tokens) + (lengths - counts - starts)[of]
+    slots = tables[of, positions // block_tokens] * block_tokens + positions % block_tokens
+    return torch.from_numpy(positions), PagedBatch(torch.from_numpy(slots), spans, torch.from_numpy(tables))

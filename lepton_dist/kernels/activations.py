@@ -8,6 +8,8 @@ from functools import partial
 import torch
 from torch.nn import functional
 
+from lepton_dist.kernels.cpu import pointwise
+
 ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -18,5 +20,7 @@ ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 def gated(x: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """act(gate) * up: x [tokens, 2 * ffn] holds gate, then up -> [tokens, ffn]."""
+    if activation is functional.silu and (library := pointwise.library_for(x)) is not None and x.is_contiguous():
+        return pointwise.gated_silu(library, x)
     gate, up = x.chunk(2, dim=-1)
     return activation(gate).mul_(up)

@@ -1,19 +1,22 @@
 """Attention over a paged KV cache: the torch path, on any device, and the faster kernels where they are.
 
-The cache of a layer is two arenas [blocks, block_tokens, kv_heads, head_dim]; a sequence owns the blocks of its block
+The cache of a layer is two arenas [blocks, kv_heads, block_tokens, head_dim]; a sequence owns the blocks of its block
 table in order (PagedAttention, arXiv:2309.06180). New keys and values are written first, then every token attends to
 its own sequence up to itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 
-from lepton_dist.kernels.cpu import paged
+from lepton_dist.kernels.cpu import paged, pointwise
+from lepton_dist.kernels.cpu.paged import PagedTasks
 
 
 @dataclass
@@ -28,14 +31,6 @@ class Decodes:
     block_tables: torch.Tensor
     lengths: torch.Tensor
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
-    firsts: dict[int | None, torch.Tensor] = field(default_factory=dict)
-
-    def first(self, window: int | None) -> torch.Tensor:
-        """int64 [n]: the first position that each sequence may see."""
-        if window not in self.firsts:
-            zeros = torch.zeros_like(self.lengths)
-            self.firsts[window] = zeros if window is None else torch.maximum(self.lengths - window, zeros)
-        return self.firsts[window]
 
     def mask(self, window: int | None, num_slots: int) -> torch.Tensor:
         """bool [n, 1, 1, slots]: which slots each sequence may see."""
@@ -75,35 +70,69 @@ class Prefill:
         return self.masks[window]
 
 
-@dataclass
 class PagedBatch:
-    """Where a batch's tokens lie in the cache: slots int64 [tokens] to write to, and the sequences to attend for."""
+    """Where a batch's tokens lie in the cache, and what they attend to.
 
-    slots: torch.Tensor
-    decodes: Decodes | None
-    prefills: Sequence[Prefill]
+    slots int64 [tokens]: where each token's key and value go; spans int64 [sequences, 3]: first row of the batch, rows,
+    tokens in the cache including the new ones; tables int64 [sequences, blocks], padded with 0.
+    """
+
+    def __init__(self, slots: torch.Tensor, spans: NDArray[np.int64], tables: torch.Tensor) -> None:
+        self.slots, self.spans, self.tables = slots, spans, tables
+        self._tasks: dict[int, PagedTasks] = {}
+
+    def tasks(self, group: int) -> PagedTasks:
+        """The batch as the compiled kernel takes it, for `group` query heads a KV head."""
+        if group not in self._tasks:
+            self._tasks[group] = PagedTasks(self.spans, self.tables, group)
+        return self._tasks[group]
+
+    @cached_property
+    def decodes(self) -> Decodes | None:
+        """The sequences with one new token, for the torch path."""
+        chosen = np.flatnonzero(self.spans[:, 1] == 1)
+        if not chosen.size:
+            return None
+        rows, lengths = (torch.from_numpy(self.spans[chosen, column]) for column in (0, 2))
+        return Decodes(rows, self.tables[torch.from_numpy(chosen)], lengths)
+
+    @cached_property
+    def prefills(self) -> list[Prefill]:
+        """The sequences with several new tokens, for the torch path."""
+        chosen = np.flatnonzero(self.spans[:, 1] > 1)
+        spans = ((index, *self.spans[index].tolist()) for index in chosen)
+        return [Prefill(start, count, length, self.tables[index]) for index, start, count, length in spans]
 
 
-def write_cache(arena: torch.Tensor, slots: torch.Tensor, values: torch.Tensor) -> None:
-    """Put values [tokens, kv_heads, head_dim] into the arena's slots [tokens], converting to the arena's dtype."""
-    arena.view(-1, *arena.shape[2:]).index_copy_(0, slots, values.to(arena.dtype))
+def write_cache(
+    keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> None:
+    """Put key and value [tokens, kv_heads, head_dim] into slots [tokens] of the arenas, converting to their dtype."""
+    library = pointwise.library_for(key, keys)
+    if library is not None and all(tensor.stride() == key.stride() for tensor in (key, value)) and _is_packed(key):
+        pointwise.write_cache(library, keys, values, slots, key, value)
+        return
+    for arena, new in ((keys, key), (values, value)):
+        arena[slots // arena.shape[2], :, slots % arena.shape[2]] = new.to(arena.dtype)
+
+
+def _is_packed(x: torch.Tensor) -> bool:
+    return x.stride(2) == 1 and x.stride(1) == x.shape[2]
 
 
 def paged_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: PagedBatch, window: int | None
 ) -> torch.Tensor:
-    """query [tokens, heads, head_dim], arenas [blocks, block_tokens, kv_heads, head_dim] -> [tokens, heads, head_dim].
+    """query [tokens, heads, head_dim], arenas [blocks, kv_heads, block_tokens, head_dim] -> [tokens, heads, head_dim].
 
-    Softmax and sums in float32 inside torch's scaled_dot_product_attention; scale 1 / sqrt(head_dim).
+    Softmax and sums in float32; scale 1 / sqrt(head_dim).
     """
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if paged.can_attend(query, keys):
+        batch.tasks(query.shape[1] // keys.shape[1]).attend(query, keys, values, output, window)
+        return output
     if batch.decodes is not None:
-        decodes = batch.decodes
-        if paged.can_attend(query, keys):
-            tables, last = decodes.block_tables, decodes.lengths
-            paged.attend(query, keys, values, output, decodes.rows, decodes.first(window), last, tables)
-        else:
-            output[decodes.rows] = _decode(query, keys, values, decodes, window)
+        output[batch.decodes.rows] = _decode(query, keys, values, batch.decodes, window)
     for prefill in batch.prefills:
         rows = slice(prefill.start, prefill.start + prefill.count)
         output[rows] = _prefill(query[rows], keys, values, prefill, window)
@@ -114,11 +143,14 @@ def _decode(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Decodes, window: int | None
 ) -> torch.Tensor:
     count, (_, heads, dim) = batch.rows.numel(), query.shape
-    kv_heads = keys.shape[2]
+    kv_heads = keys.shape[1]
     # The query heads of a KV head take the place of query positions: [n, kv_heads, group, head_dim].
     q = query[batch.rows].view(count, kv_heads, heads // kv_heads, dim)
-    k = keys[batch.block_tables].view(count, -1, kv_heads, dim).transpose(1, 2).to(q.dtype)
-    v = values[batch.block_tables].view(count, -1, kv_heads, dim).transpose(1, 2).to(q.dtype)
+    # [n, blocks, kv_heads, block_tokens, head_dim] -> [n, kv_heads, slots, head_dim]
+    k, v = (
+        arena[batch.block_tables].transpose(1, 2).reshape(count, kv_heads, -1, dim).to(q.dtype)
+        for arena in (keys, values)
+    )
     mask = batch.mask(window, k.shape[2])
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(count, heads, dim)
 
@@ -127,11 +159,14 @@ def _prefill(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Prefill, window: int | None
 ) -> torch.Tensor:
     heads, dim = query.shape[1:]
-    kv_heads = keys.shape[2]
+    kv_heads = keys.shape[1]
     # [1, heads, tokens, head_dim]
     q = query.transpose(0, 1).unsqueeze(0)
-    k = keys[batch.block_table].view(-1, kv_heads, dim)[: batch.length].transpose(0, 1).unsqueeze(0).to(q.dtype)
-    v = values[batch.block_table].view(-1, kv_heads, dim)[: batch.length].transpose(0, 1).unsqueeze(0).to(q.dtype)
+    # [blocks, kv_heads, block_tokens, head_dim] -> [1, kv_heads, length, head_dim]
+    k, v = (
+        arena[batch.block_table].transpose(0, 1).reshape(1, kv_heads, -1, dim)[:, :, : batch.length].to(q.dtype)
+        for arena in (keys, values)
+    )
     is_grouped = heads != kv_heads
     if batch.count == batch.length and (window is None or window >= batch.length):
         output = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)

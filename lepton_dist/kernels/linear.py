@@ -7,7 +7,8 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
-from lepton_dist.kernels.cpu.matmul import PanelWeight, has_panels, panel_bytes
+from lepton_dist.kernels.cpu.matmul import PanelWeight, panel_bytes
+from lepton_dist.kernels.cpu.native import native_library
 from lepton_dist.kernels.quantized import RoundedWeight
 
 ROUNDED = ("int8", "int4")
@@ -58,7 +59,7 @@ def make_weight(weight: torch.Tensor, kind: str | None = None) -> Weight:
 
     `kind` names its dtype (by default its own), or ``int8`` or ``int4``, to which it is rounded.
     """
-    has_own_kernels = weight.device.type == "cpu" and has_panels()
+    has_own_kernels = weight.device.type == "cpu" and native_library() is not None
     if kind is not None and kind in ROUNDED:
         return PanelWeight(weight, kind) if has_own_kernels else RoundedWeight(weight, kind)
     if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":

@@ -5,10 +5,25 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from lepton_dist.kernels.cpu import pointwise
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
     """Root mean square norm (arXiv:1910.07467): [..., dim] of any float dtype -> `dtype`; weight float32 [dim]."""
+    if x.dim() == 2 and x.dtype == torch.float32 and (library := pointwise.library_for(x)) is not None:
+        return pointwise.rms_norm(library, x, None, weight, eps, dtype)
     return functional.rms_norm(x.float(), weight.shape, weight, eps).to(dtype)
+
+
+def add_rms_norm(
+    hidden: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """hidden float32 [tokens, dim] += delta, in place; then its `rms_norm`."""
+    library = pointwise.library_for(hidden, delta)
+    if library is not None and delta.dtype == dtype and delta.is_contiguous():
+        return pointwise.rms_norm(library, hidden, delta, weight, eps, dtype)
+    hidden += delta
+    return rms_norm(hidden, weight, eps, dtype)
 
 
 def layer_norm(

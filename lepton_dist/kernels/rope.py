@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import torch
 
+from lepton_dist.kernels.cpu import pointwise
+
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first 2 * cos.shape[-1] channels of each head.
+    """Rotate the first 2 * cos.shape[-1] channels of each head. The result may take the place of `x`.
 
     x [tokens, heads, head_dim] of any float dtype; cos, sin float32 [tokens, 1, dim / 2]. Computed in float32.
     """
     half = cos.shape[-1]
+    if pointwise.can_rotate(x, half) and (library := pointwise.library_for(x)) is not None:
+        pointwise.rotate(library, x, cos, sin)
+        return x
     first, second = x[..., :half].float(), x[..., half : 2 * half].float()
     rotated = torch.empty_like(x)
     rotated[..., :half] = first * cos - second * sin

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from lepton_dist.kernels.activations import ACTIVATIONS
-from lepton_dist.kernels.linear import make_weight
+from lepton_dist.kernels.linear import Weight, make_weight
 from lepton_dist.model.config import ModelConfig
 from lepton_dist.model.layers import Attend, Attention, Embedding, Linear, Mlp, Norm, Reduce
+from lepton_dist.model.parameters import matrix_kind
 from lepton_dist.model.rope import RopeTables
 from lepton_dist.plan.axes import Axis
 
@@ -31,8 +32,8 @@ class DecoderLayer:
         self, hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None, layer: int, attend: Attend
     ) -> torch.Tensor:
         """hidden float32 [tokens, hidden], changed in place."""
-        hidden += self.attention(self.attention_norm(hidden), angles, layer, attend)
-        hidden += self.mlp(self.mlp_norm(hidden))
+        mixed = self.attention(self.attention_norm(hidden), angles, layer, attend)
+        hidden += self.mlp(self.mlp_norm.add(hidden, mixed))
         return hidden
 
 
@@ -77,23 +78,31 @@ class Decoder:
 class DecoderParts:
     """What a decoder is made from: tensors by parameter name, and how to sum over a contracted axis.
 
-    Matrices are taken out of `tensors` one by one as they are packed, so that only one is there in both forms.
+    `dtype` is that of the matmuls' activations; `weights` the kind to which matrices are packed or rounded. They are
+    taken out of `tensors` one by one meanwhile, so that only one is there in both forms.
     """
 
     config: ModelConfig
     tensors: dict[str, torch.Tensor]
     reduce: Callable[[Axis], Reduce]
     dtype: torch.dtype
+    weights: str
     first_vocab_row: int
 
     def linear(self, name: str, contracted: Axis) -> Linear:
         """The collective follows from the axis that the matmul contracts."""
-        weight = make_weight(self.tensors.pop(f"{name}.weight"))
-        return Linear(weight, self.tensors.get(f"{name}.bias"), self.reduce(contracted))
+        return Linear(
+            self._pack(f"{name}.weight", self.tensors.pop(f"{name}.weight")),
+            self.tensors.get(f"{name}.bias"),
+            self.reduce(contracted),
+        )
 
     def tied_head(self) -> Linear:
         """The head that is the embedding's matrix, which the embedding keeps."""
-        return Linear(make_weight(self.tensors["embedding.weight"]), None, self.reduce(Axis.EMBED))
+        return Linear(self._pack("head.weight", self.tensors["embedding.weight"]), None, self.reduce(Axis.EMBED))
+
+    def _pack(self, name: str, matrix: torch.Tensor) -> Weight:
+        return make_weight(matrix, matrix_kind(name, self.weights))
 
     def norm(self, name: str) -> Norm:
         """The norm of this name."""

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from lepton_dist.kernels.activations import gated
 from lepton_dist.kernels.linear import Weight
-from lepton_dist.kernels.norms import layer_norm, rms_norm
+from lepton_dist.kernels.norms import add_rms_norm, layer_norm, rms_norm
 from lepton_dist.kernels.rope import rotate
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -57,6 +57,13 @@ class Norm:
             return rms_norm(x, self.weight, self.eps, self.dtype)
         return layer_norm(x, self.weight, self.bias, self.eps, self.dtype)
 
+    def add(self, hidden: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """hidden float32 [tokens, dim] += delta, in place; then the norm of the sum."""
+        if self.bias is None:
+            return add_rms_norm(hidden, delta, self.weight, self.eps, self.dtype)
+        hidden += delta
+        return self(hidden)
+
 
 @dataclass
 class Embedding:
@@ -96,11 +103,12 @@ class Attention:
         kv_heads = (self.qkv.weight.out_features // self.head_dim - heads) // 2
         # [tokens, (heads + 2 kv_heads)/tp, head_dim]
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
-        query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        turned, value = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
+            turned = torch.cat((self.q_norm(turned[:, :heads]), self.k_norm(turned[:, heads:])), dim=1)
         if angles is not None:
-            query, key = rotate(query, *angles), rotate(key, *angles)
+            turned = rotate(turned, *angles)
+        query, key = turned[:, :heads], turned[:, heads:]
         mixed = attend(layer, query, key, value, self.window)
         return self.output(mixed.reshape(x.shape[0], -1))
 

@@ -55,6 +55,14 @@ def local_spans(part: Part, dim: int, spans: AxisSpans) -> tuple[Span, ...]:
     return tuple(span.scaled(part.units[dim]) for span in spans[axis])
 
 
+def matrix_kind(name: str, weights: str) -> str:
+    """The kind in which the matrix `name` is held where `weights` is asked for.
+
+    The head decides every token and is rounded to 8 bits at most.
+    """
+    return "int8" if weights == "int4" and name == "head.weight" else weights
+
+
 class ParameterTable:
     """The parameters of a model of a family, by stage."""
 

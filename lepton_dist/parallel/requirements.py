@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 from lepton_dist.errors import CheckpointError
+from lepton_dist.kernels.linear import matrix_bytes
 from lepton_dist.model.config import ModelConfig
 from lepton_dist.model.family import Family
-from lepton_dist.model.parameters import Parameter, ParameterTable, Part, local_spans
-from lepton_dist.plan.axes import Axis, Span
+from lepton_dist.model.parameters import Parameter, ParameterTable, Part, local_spans, matrix_kind
+from lepton_dist.plan.axes import Axis, Span, span_size
 from lepton_dist.plan.placement import Seat
+from lepton_dist.plan.precision import QUANTIZED, Dtypes
 from lepton_dist.storage.distribution import Rectangle
 from lepton_dist.storage.index import CheckpointIndex
 
@@ -82,15 +85,32 @@ def _part_needs(parameter: Parameter, part: Part, seat: Seat, row: int) -> Itera
             yield Need(Rectangle(part.tensor, *stored), parameter.name, target_rows, target, is_transposed)
 
 
-def weight_bytes(table: ParameterTable, seat: Seat, itemsize: int) -> int:
+def weight_bytes(table: ParameterTable, seat: Seat, dtypes: Dtypes) -> int:
     """Bytes of a seat's weights; norms, and biases of norms, are held in float32."""
     total = 0
     for parameter in table.of_stage(seat.layers):
-        count = 1
-        for extent in parameter.local_shape(seat.spans):
-            count *= extent
-        total += count * (4 if is_norm(parameter.name) else itemsize)
+        name, shape = parameter.name, parameter.local_shape(seat.spans)
+        if is_norm(name):
+            total += 4 * prod(shape)
+        elif len(shape) == 1 or is_looked_up(name):
+            total += matrix_bytes(dtypes.compute, prod(shape), 1)
+        else:
+            total += matrix_bytes(matrix_kind(name, dtypes.weights), *shape)
+    if table.config.is_tied and seat.is_first and seat.is_last and dtypes.weights in QUANTIZED:
+        # The embedding is looked up as it is, and multiplied with as a head that is rounded.
+        rows = span_size(seat.spans[Axis.VOCAB])
+        total += matrix_bytes(matrix_kind("head.weight", dtypes.weights), rows, table.config.shape.hidden)
     return total
+
+
+def num_weights(table: ParameterTable, seat: Seat) -> int:
+    """Numbers in a seat's weights."""
+    return sum(prod(parameter.local_shape(seat.spans)) for parameter in table.of_stage(seat.layers))
+
+
+def is_looked_up(name: str) -> bool:
+    """Whether a matrix is a table of rows to pick from, and no factor of a product."""
+    return name in ("embedding.weight", "positions.weight")
 
 
 def is_norm(name: str) -> bool:

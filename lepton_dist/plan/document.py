@@ -11,9 +11,11 @@ from typing import Any
 import yaml
 
 from lepton_dist.documents import Document, parse_yaml, read_yaml
-from lepton_dist.plan.plan import EngineLimits, Mesh, Plan, Precision, Replica, Stage
+from lepton_dist.plan.plan import BALANCER_POLICIES, EngineLimits, Mesh, Plan, Precision, Replica, Stage
+from lepton_dist.plan.precision import QUANTIZED
 
 DTYPES = ("float32", "bfloat16", "float16")
+WIRES = (*DTYPES, "int8")
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B)?\s*")
 _UNIT = {
     "B": 1,
@@ -168,8 +170,9 @@ def _precision(document: Document, value: Any) -> Precision:
     values = _mapping(document, value, "precision")
     _known(document, values, "precision", tuple(f.name for f in fields(Precision)))
     for name, dtype in values.items():
-        if dtype not in DTYPES:
-            raise document.error(f"precision.{name}", f"{dtype!r} is not supported; known: {', '.join(DTYPES)}")
+        known = {"wire": WIRES, "weights": (*DTYPES, *QUANTIZED)}.get(name, DTYPES)
+        if dtype not in known:
+            raise document.error(f"precision.{name}", f"{dtype!r} is not supported; known: {', '.join(known)}")
     return Precision(**values)
 
 
@@ -181,6 +184,9 @@ def _engine(document: Document, value: Any) -> EngineLimits:
         if name == "prefix_cache":
             if not isinstance(setting, bool):
                 raise document.error(key, f"must be true or false, not {setting!r}")
+        elif name == "balancer":
+            if setting not in BALANCER_POLICIES:
+                raise document.error(key, f"{setting!r} is unknown; known: {', '.join(BALANCER_POLICIES)}")
         elif name.endswith("_timeout_s"):
             if isinstance(setting, bool) or not isinstance(setting, int | float) or setting <= 0:
                 raise document.error(key, f"must be a number of seconds above 0, not {setting!r}")

@@ -14,6 +14,8 @@ from lepton_dist.errors import ConfigError
 from lepton_dist.plan.axes import ModelShape
 
 Auto = Literal["auto"]
+BalancerPolicy = Literal["predicted", "least_outstanding", "round_robin"]
+BALANCER_POLICIES: tuple[BalancerPolicy, ...] = ("predicted", "least_outstanding", "round_robin")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,10 @@ class Replica:
 
 @dataclass(frozen=True)
 class Precision:
-    """Names of dtypes; None follows the checkpoint (weights) or the weights (KV cache, wire)."""
+    """Names of dtypes; None follows the checkpoint (weights) or the weights (KV cache, wire).
+
+    An `int8` wire carries activations with a scale for each token and group of channels.
+    """
 
     weights: str | None = None
     kv_cache: str | None = None
@@ -91,6 +96,7 @@ class EngineLimits:
     prefix_cache: bool = True
     step_timeout_s: float = 300.0
     load_timeout_s: float = 1800.0
+    balancer: BalancerPolicy = "predicted"
 
 
 @dataclass(frozen=True)

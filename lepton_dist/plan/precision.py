@@ -7,28 +7,37 @@ from dataclasses import dataclass
 from lepton_dist.plan.plan import Precision
 
 
+QUANTIZED = ("int8", "int4")
+"""Kinds of weights that are rounded while they are loaded."""
+
+
 @dataclass(frozen=True)
 class Dtypes:
-    """Names of dtypes, all decided; `notice` tells the user of one that was replaced."""
+    """Names of dtypes, all decided; `notice` tells the user of one that was replaced.
+
+    `weights` may be quantised (int8, int4); `compute` is then the float dtype of the embedding and of the activations,
+    else it is `weights`.
+    """
 
     weights: str
     kv_cache: str
     wire: str
+    compute: str
     notice: str = ""
 
 
 def decide_dtypes(precision: Precision, override: str | None, checkpoint: str) -> Dtypes:
-    """`override` sets all three; else the plan, then the checkpoint (weights) and the weights (KV cache and wire).
+    """`override` sets all; else the plan, then the checkpoint (weights, compute) and compute (KV cache and wire).
 
     CPUs have no fast float16 matmul in torch, so float16 is held and computed in float32 there.
     """
     weights = override or precision.weights or checkpoint
-    kv_cache = override or precision.kv_cache or weights
-    wire = override or precision.wire or weights
-    names = (weights, kv_cache, wire)
+    compute = checkpoint if weights in QUANTIZED else weights
+    kv_cache = override or precision.kv_cache or compute
+    wire = override or precision.wire or compute
+    names = (weights, kv_cache, wire, compute)
     if "float16" not in names:
         return Dtypes(*names)
-    weights, kv_cache, wire = ("float32" if name == "float16" else name for name in names)
-    return Dtypes(
-        weights, kv_cache, wire, notice="float16 is computed in float32 on CPUs (bfloat16 would take half the memory)"
-    )
+    weights, kv_cache, wire, compute = ("float32" if name == "float16" else name for name in names)
+    notice = "float16 is computed in float32 on CPUs (bfloat16 would take half the memory)"
+    return Dtypes(weights, kv_cache, wire, compute, notice)

@@ -9,6 +9,7 @@ from pathlib import Path
 from lepton_dist.comm.world import World
 from lepton_dist.documents import Document, read_yaml
 from lepton_dist.errors import ConfigError
+from lepton_dist.plan.crossing import wide_stages
 from lepton_dist.plan.document import plan_from_document, plan_to_yaml
 from lepton_dist.plan.plan import Plan
 from lepton_dist.plan.precision import Dtypes, decide_dtypes
@@ -73,12 +74,16 @@ def open_model(
     spare = sorted(set(range(world.size)) - blueprint.plan.ranks)
     if spare:
         notice(f"warning: the plan leaves out rank(s) {', '.join(map(str, spare))}")
+    if wide := wide_stages(blueprint.plan, world.nodes):
+        more = f" (and {len(wide) - 1} stages like it)" if len(wide) > 1 else ""
+        notice(f"warning: {wide[0]}{more}; a stage on each node sends one message: lepton-dist inspect --link")
     order = OpenSession(
         model=str(Path(request.model).absolute()),
         plan=plan_to_yaml(blueprint.plan),
         weights=dtypes.weights,
         kv_cache=dtypes.kv_cache,
         wire=dtypes.wire,
+        compute=dtypes.compute,
         threads=request.threads,
     )
     try:

@@ -24,6 +24,7 @@ from lepton_dist.parallel.stage import StageLink, build_stage, stage_group
 from lepton_dist.plan.document import parse_plan
 from lepton_dist.plan.placement import Seat, seats
 from lepton_dist.plan.plan import EngineLimits, Plan, Replica
+from lepton_dist.plan.precision import Dtypes
 from lepton_dist.runtime.messages import OpenSession, SessionReady
 from lepton_dist.storage.index import CheckpointIndex
 
@@ -93,16 +94,16 @@ def num_blocks(blueprint: Blueprint, geometry: KvGeometry, budget_bytes: int) ->
 
 
 def fitting_blocks(
-    blueprint: Blueprint, seat: Seat, weights: torch.dtype, kv_cache: torch.dtype, budget_bytes: int, host: str
+    blueprint: Blueprint, seat: Seat, dtypes: Dtypes, budget_bytes: int, host: str
 ) -> int:
     """`num_blocks` of a seat that has `budget_bytes` of memory on `host`, its weights included.
 
     Raises:
         ConfigError: weights and KV cache do not fit.
     """
-    geometry = blueprint.geometry(seat, kv_cache)
+    geometry = blueprint.geometry(seat, getattr(torch, dtypes.kv_cache))
     blocks = num_blocks(blueprint, geometry, budget_bytes)
-    needed = weight_bytes(blueprint.table, seat, weights.itemsize)
+    needed = weight_bytes(blueprint.table, seat, dtypes)
     if needed + blocks * geometry.block_bytes > budget_bytes:
         is_asked = blueprint.limits.kv_cache_bytes != "auto"
         raise ConfigError(
@@ -134,10 +135,11 @@ def open_session(world: World, order: OpenSession) -> tuple[Session | None, Sess
     budgets = _meet_machines(world, order.threads)
     threads = torch.get_num_threads()
     blueprint = Blueprint.draw(order.model, parse_plan(order.plan), world.size)
-    weights, kv_dtype, wire = (getattr(torch, name) for name in (order.weights, order.kv_cache, order.wire))
+    dtypes = Dtypes(order.weights, order.kv_cache, order.wire, order.compute)
+    compute: torch.dtype = getattr(torch, dtypes.compute)
     # Every rank asks for all of them, so that either all go on or none does.
     fitting = {
-        rank: fitting_blocks(blueprint, seat, weights, kv_dtype, budgets[rank], world.hosts[rank])
+        rank: fitting_blocks(blueprint, seat, dtypes, budgets[rank], world.hosts[rank])
         for rank, seat in sorted(blueprint.seats.items())
     }
     seat = blueprint.seats.get(world.rank)
@@ -145,16 +147,16 @@ def open_session(world: World, order: OpenSession) -> tuple[Session | None, Sess
         return None, SessionReady(world.rank, threads=threads)
     replica = blueprint.plan.replicas[seat.replica]
     blocks = min(fitting[rank] for rank in replica.ranks)
-    geometry = blueprint.geometry(seat, kv_dtype)
-    tensors = load_seat(world, blueprint.index, blueprint.table, blueprint.seats, weights)
+    geometry = blueprint.geometry(seat, getattr(torch, dtypes.kv_cache))
+    tensors = load_seat(world, blueprint.index, blueprint.table, blueprint.seats, compute)
     group = world.group(replica.ranks, f"replica{seat.replica}")
-    link = StageLink(replica, seat, group, blueprint.config.shape.hidden, wire)
+    link = StageLink(replica, seat, group, blueprint.config.shape.hidden, getattr(torch, dtypes.wire))
     tp = stage_group(world, replica, seat, "tp")
     calibrate(tp)
-    stage = build_stage(seat, blueprint.config, tensors, weights, tp, link)
+    stage = build_stage(seat, blueprint.config, tensors, dtypes, tp, link)
     cache = KvCache(geometry, blocks)
     _return_free_memory()
-    held = weight_bytes(blueprint.table, seat, weights.itemsize)
+    held = weight_bytes(blueprint.table, seat, dtypes)
     ready = SessionReady(world.rank, blocks, blocks * geometry.block_bytes, held, threads)
     return Session(blueprint, seat, replica, StageRunner(stage, cache), ready), ready
 

@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import cache
 
 import torch
 
-from lepton_dist.kernels.cpu.native import native_library
-
-KINDS = {torch.float32: 0, torch.bfloat16: 1}
-"""The numbers by which the kernels know dtypes of activations."""
+from lepton_dist.kernels.cpu.native import KINDS, native_library
 
 _SYMBOLS = {"bfloat16": "bf16", "int8": "int8", "int4": "int4"}
 _PANEL = 16  # as in matmul.h
@@ -30,13 +26,6 @@ class _MatmulCall(ctypes.Structure):
             for name in ("rows", "in_", "out", "x_stride", "y_stride", "x_kind", "y_kind", "threads")
         ),
     )
-
-
-@cache
-def has_panels() -> bool:
-    """Whether the compiled kernels are there and this CPU has the instructions that they use."""
-    library = native_library()
-    return library is not None and bool(library.lepton_matmul_is_supported())
 
 
 class PanelWeight:
@@ -107,7 +96,7 @@ _PACK: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | Non
 def _library() -> ctypes.CDLL:
     library = native_library()
     if library is None:
-        raise RuntimeError("the compiled kernels are not there: ask `has_panels` first")
+        raise RuntimeError("the compiled kernels are not there: ask `native_library` first")
     return library
 
 

@@ -3,10 +3,8 @@
  * A panel is [in][8] words of two weights: the low half belongs to output feature i, the high half to feature i + 8, so
  * that one load and two instructions give two vectors of floats.
  */
-#include "matmul.h"
-
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "matmul.h"
 
 #define ROWS 6 /* 6 x 2 sums, two weights and a factor: all 16 registers but one */
 
@@ -139,10 +137,4 @@ void lepton_pack_bf16(const uint16_t *weights, int64_t out, int64_t in, uint16_t
             }
     }
 }
-
-int lepton_matmul_is_supported(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
-#else
-int lepton_matmul_is_supported(void) { return 0; }
 #endif

@@ -7,10 +7,8 @@
  * A panel is [in / 32] groups of two halves (8 output features each) of 4 x 32 bytes and 8 scales. Byte 4 i + j of row q
  * holds, for output feature i, k = 8 q + j in its low half and k = 8 q + 4 + j in its high half.
  */
-#include "matmul.h"
-
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "matmul.h"
 
 #define ROWS 4
 #define GROUP 32

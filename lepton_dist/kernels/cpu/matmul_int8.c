@@ -5,10 +5,8 @@
  * bits costs next to nothing beside the rounding of the weights. A panel is [in / 2][16][2] bytes; an odd `in` ends
  * with zeros.
  */
-#include "matmul.h"
-
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "matmul.h"
 #include <omp.h>
 
 #define ROWS 6

@@ -1,190 +1,186 @@
-/* Attention of a few query tokens over a paged KV cache, straight over the blocks, without copying them.
+/* Attention over a paged KV cache, straight over the blocks, for prefill and decode alike.
  *
- * A plain C interface, called through ctypes; see paged.py. Built at installation where a compiler is found; without it
- * the torch path gives the same results. Compiled for several CPUs at once (target_clones): the loader picks.
- *
- * One task is one query token and one KV head: its `group` query heads go over the keys together, so each key and
- * value is read and widened once. Softmax is computed online, a block at a time, in float32 (arXiv:1805.02867).
+ * One task is a few query tokens of one sequence and one KV head: all their query heads go over the keys together, so
+ * each key and value is widened once for up to 32 rows. Softmax is computed online, 16 keys at a time, in float32
+ * (arXiv:1805.02867); nothing of the cache is copied out of it (arXiv:2309.06180).
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#if defined(__x86_64__)
+#include "vector.h"
 
-#define WIDTH 16 /* floats in a vector; the head_dim must be a multiple of it */
+#define KEYS 16      /* keys whose scores are held at a time */
+#define MAX_ROWS 32  /* query tokens x query heads of a task */
 #define MAX_DIM 256
-#define MAX_GROUP 16
-#define CHUNK 16 /* keys whose scores are held at a time */
 
-typedef float floats __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
-typedef int32_t ints __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
-typedef uint32_t words __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
-typedef uint16_t halves __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
-
-/* What a call works on; strides are in elements. `kind` 0 is float32, 1 is bfloat16. */
+/* What a call works on; strides are in elements. A kind of 0 is float32, 1 is bfloat16. */
 struct paged_call {
     const void *query;           /* [tokens, heads, dim] */
-    const void *keys, *values;   /* [blocks, block_tokens, kv_heads, dim] */
-    void *output;                /* as query */
-    const int64_t *rows;         /* [tasks] row of the query token */
-    const int64_t *first;        /* [tasks] first key that it may see */
-    const int64_t *last;         /* [tasks] one behind the last */
-    const int64_t *tables;       /* [tasks, table_width] blocks */
-    int64_t tasks, table_width, block_tokens, heads, kv_heads, dim, kind;
+    const void *keys, *values;   /* [blocks, kv_heads, block_tokens, dim] */
+    void *output;                /* [tokens, heads, dim], contiguous */
+    const int64_t *tasks;        /* [num_tasks, 4]: first row, rows, keys that the first row sees, its block table */
+    const int64_t *tables;       /* [sequences, table_width] blocks */
+    int64_t num_tasks, table_width, block_tokens, heads, kv_heads, dim, kind, cache_kind;
     int64_t query_stride;        /* from one token to the next */
+    int64_t window;              /* keys that a token sees at most; 0 for all before it */
+    int64_t threads;
 };
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-#define INLINE static inline __attribute__((always_inline))
+/* A task's rows, two at a time; an odd one has zeros beside it. All but the weights are [..][dim], one row directly
+   behind the other: rows a power of two apart would push each other out of the cache. */
+struct rows {
+    float query[MAX_ROWS * MAX_DIM] __attribute__((aligned(64)));
+    float mixed[MAX_ROWS * MAX_DIM] __attribute__((aligned(64)));
+    float keys[KEYS * MAX_DIM] __attribute__((aligned(64)));
+    float values[KEYS * MAX_DIM] __attribute__((aligned(64)));
+    float weights[MAX_ROWS][KEYS] __attribute__((aligned(64)));
+    float highest[MAX_ROWS], total[MAX_ROWS], shrink[MAX_ROWS];
+};
 
-INLINE floats load_bf16(const uint16_t *p) {
-    halves raw;
-    memcpy(&raw, p, sizeof raw);
-    return (floats)(__builtin_convertvector(raw, words) << 16);
+/* The sums of four vectors. */
+INLINE TARGET __m128 sums_of(__m256 a, __m256 b, __m256 c, __m256 d) {
+    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 }
 
-INLINE floats load_f32(const float *p) {
-    floats x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-
-INLINE floats load(const void *base, int64_t index, int kind) {
-    return kind ? load_bf16((const uint16_t *)base + index) : load_f32((const float *)base + index);
-}
-
-INLINE uint16_t to_bf16(float x) { /* round to nearest even; NaN stays NaN */
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40);
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-INLINE float sum(floats x) {
-    float total = 0;
-    for (int i = 0; i < WIDTH; i++) total += x[i];
-    return total;
-}
-
-/* e^x for x <= 0, to 2 units in the last place: Cephes' expf. Anything below -87 gives 0. */
-INLINE floats exp_nonpositive(floats x) {
-    const floats zero = {0};
-    ints is_tiny = x < zero - 87.0f;
-    x = (floats)(((ints)x & ~is_tiny) | ((ints)(zero - 87.0f) & is_tiny));
-    floats shifted = x * 1.44269504088896341f - 0.5f;
-    ints n = __builtin_convertvector(shifted, ints); /* towards zero, which for negatives rounds to nearest here */
-    floats k = __builtin_convertvector(n, floats);
-    x = x - k * 0.693359375f + k * 2.12194440e-4f;
-    floats y = zero + 1.9875691500e-4f;
-    y = y * x + 1.3981999507e-3f;
-    y = y * x + 8.3334519073e-3f;
-    y = y * x + 4.1665795894e-2f;
-    y = y * x + 1.6666665459e-1f;
-    y = y * x + 5.0000001201e-1f;
-    y = y * x * x + x + 1.0f;
-    floats scale = (floats)((n + 127) << 23);
-    return (floats)((ints)(y * scale) & ~is_tiny);
-}
-
-INLINE void attend(const struct paged_call *c, int64_t task, int64_t kv_head, int kind, int steps, int group) {
-    float query[MAX_GROUP * MAX_DIM] __attribute__((aligned(64)));
-    floats mixed[MAX_GROUP][MAX_DIM / WIDTH];
-    float scores[MAX_GROUP][CHUNK] __attribute__((aligned(64)));
-    float highest[MAX_GROUP], total[MAX_GROUP];
-    const int64_t dim = c->dim, token_stride = c->kv_heads * dim;
-    const int64_t *table = c->tables + task * c->table_width;
-    const float scale = 1.0f / sqrtf((float)dim);
-    const int64_t origin = c->rows[task] * c->query_stride + kv_head * group * dim;
-
-    for (int g = 0; g < group; g++) {
-        for (int s = 0; s < steps; s++) {
-            floats q = load(c->query, origin + g * dim + s * WIDTH, kind) * scale;
-            memcpy(query + g * dim + s * WIDTH, &q, sizeof q);
-            mixed[g][s] = (floats){0};
+/* Scores of rows r and r + 1 with all the keys: 2 x 4 sums at a time. */
+INLINE TARGET void score(struct rows *w, int64_t r, int64_t dim) {
+    for (int t = 0; t < KEYS; t += 4) {
+        __m256 sum[8];
+        UNROLL for (int i = 0; i < 8; i++) sum[i] = _mm256_setzero_ps();
+        for (int64_t d = 0; d < dim; d += 8) {
+            const __m256 first = _mm256_load_ps(w->query + r * dim + d), second = _mm256_load_ps(w->query + (r + 1) * dim + d);
+            UNROLL for (int i = 0; i < 4; i++) {
+                const __m256 key = _mm256_load_ps(w->keys + (t + i) * dim + d);
+                sum[i] = _mm256_fmadd_ps(first, key, sum[i]);
+                sum[4 + i] = _mm256_fmadd_ps(second, key, sum[4 + i]);
+            }
         }
-        highest[g] = -INFINITY;
-        total[g] = 0;
+        _mm_store_ps(w->weights[r] + t, sums_of(sum[0], sum[1], sum[2], sum[3]));
+        _mm_store_ps(w->weights[r + 1] + t, sums_of(sum[4], sum[5], sum[6], sum[7]));
     }
-    for (int64_t at = c->first[task]; at < c->last[task];) {
+}
+
+/* The scores of a row become weights; keys outside [from, to) of the 16 get none. */
+INLINE TARGET void weigh(struct rows *w, int64_t r, int64_t from, int64_t to) {
+    float *weights = w->weights[r];
+    w->shrink[r] = 1;
+    if (from > 0 || to < KEYS)
+        for (int64_t t = 0; t < KEYS; t++) weights[t] = t < from || t >= to ? -INFINITY : weights[t];
+    float best = w->highest[r];
+    for (int64_t t = 0; t < KEYS; t++) best = fmaxf(best, weights[t]);
+    if (best == -INFINITY) { /* nothing seen yet */
+        memset(weights, 0, KEYS * 4);
+        return;
+    }
+    if (best > w->highest[r]) {
+        w->shrink[r] = exp_of(w->highest[r] - best);
+        w->highest[r] = best;
+    }
+    float sum = 0;
+    for (int64_t t = 0; t < KEYS; t++) {
+        weights[t] = exp_of(weights[t] - best);
+        sum += weights[t];
+    }
+    w->total[r] = w->total[r] * w->shrink[r] + sum;
+}
+
+/* Add the weighted values to rows r and r + 1, `vectors` of 8 channels from channel d on. */
+INLINE TARGET void mix(struct rows *w, int64_t r, int64_t d, int64_t dim, int64_t count, const int vectors) {
+    float *mixed0 = w->mixed + r * dim + d, *mixed1 = mixed0 + dim;
+    __m256 sum[8];
+    const __m256 shrink0 = _mm256_set1_ps(w->shrink[r]), shrink1 = _mm256_set1_ps(w->shrink[r + 1]);
+    UNROLL for (int i = 0; i < vectors; i++) {
+        sum[i] = _mm256_mul_ps(shrink0, _mm256_load_ps(mixed0 + 8 * i));
+        sum[4 + i] = _mm256_mul_ps(shrink1, _mm256_load_ps(mixed1 + 8 * i));
+    }
+    for (int64_t t = 0; t < count; t++) {
+        const __m256 weight0 = _mm256_broadcast_ss(w->weights[r] + t);
+        const __m256 weight1 = _mm256_broadcast_ss(w->weights[r + 1] + t);
+        UNROLL for (int i = 0; i < vectors; i++) {
+            const __m256 value = _mm256_load_ps(w->values + t * dim + d + 8 * i);
+            sum[i] = _mm256_fmadd_ps(weight0, value, sum[i]);
+            sum[4 + i] = _mm256_fmadd_ps(weight1, value, sum[4 + i]);
+        }
+    }
+    UNROLL for (int i = 0; i < vectors; i++) {
+        _mm256_store_ps(mixed0 + 8 * i, sum[i]);
+        _mm256_store_ps(mixed1 + 8 * i, sum[4 + i]);
+    }
+}
+
+/* Where the key or value at position `at` of a sequence begins. */
+INLINE int64_t place(const struct paged_call *c, const int64_t *table, int64_t kv_head, int64_t at) {
+    return ((table[at / c->block_tokens] * c->kv_heads + kv_head) * c->block_tokens + at % c->block_tokens) * c->dim;
+}
+
+/* Ask for memory ahead of need: blocks lie anywhere, and no hardware guesses the next. */
+INLINE void fetch(const void *from, int64_t kind, int64_t at, int64_t count) {
+    const char *first = (const char *)from + at * (kind ? 2 : 4);
+    for (int64_t i = 0; i < count * (kind ? 2 : 4); i += 64) __builtin_prefetch(first + i);
+}
+
+static TARGET void attend(const struct paged_call *c, const int64_t *task, int64_t kv_head, struct rows *w) {
+    const int64_t dim = c->dim, group = c->heads / c->kv_heads;
+    const int64_t row = task[0], tokens = task[1], seen = task[2], rows = tokens * group;
+    const int64_t *table = c->tables + task[3] * c->table_width;
+    const float scale = 1.0f / sqrtf((float)dim);
+
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t at = (row + r / group) * c->query_stride + (kv_head * group + r % group) * dim;
+        widen(c->query, c->kind, at, dim, w->query + r * dim);
+        for (int64_t d = 0; d < dim; d++) w->query[r * dim + d] *= scale;
+    }
+    if (rows % 2) memset(w->query + rows * dim, 0, (size_t)dim * 4);
+    for (int64_t r = 0; r < rows + rows % 2; r++) {
+        memset(w->mixed + r * dim, 0, (size_t)dim * 4);
+        w->highest[r] = -INFINITY;
+        w->total[r] = 0;
+    }
+    const int64_t last = seen + tokens - 1;
+    for (int64_t at = c->window && seen > c->window ? seen - c->window : 0; at < last;) {
         const int64_t inside = at % c->block_tokens;
         int64_t count = c->block_tokens - inside;
-        if (count > CHUNK) count = CHUNK;
-        if (count > c->last[task] - at) count = c->last[task] - at;
-        const int64_t base = (table[at / c->block_tokens] * c->block_tokens + inside) * token_stride + kv_head * dim;
-
-        for (int t = 0; t < CHUNK; t++) {
-            if (t >= count) {
-                for (int g = 0; g < group; g++) scores[g][t] = -INFINITY;
-                continue;
-            }
-            floats key[MAX_DIM / WIDTH];
-            for (int s = 0; s < steps; s++) key[s] = load(c->keys, base + t * token_stride + s * WIDTH, kind);
-            for (int g = 0; g < group; g++) {
-                floats dot = {0};
-                for (int s = 0; s < steps; s++) dot += load_f32(query + g * dim + s * WIDTH) * key[s];
-                scores[g][t] = sum(dot);
-            }
+        if (count > KEYS) count = KEYS;
+        if (count > last - at) count = last - at;
+        const int64_t base = place(c, table, kv_head, at);
+        if (at + count < last) {
+            const int64_t next = place(c, table, kv_head, at + count);
+            fetch(c->keys, c->cache_kind, next, KEYS * dim);
+            fetch(c->values, c->cache_kind, next, KEYS * dim);
         }
-        for (int g = 0; g < group; g++) {
-            float best = highest[g];
-            for (int t = 0; t < CHUNK; t++) best = scores[g][t] > best ? scores[g][t] : best;
-            if (best > highest[g]) {
-                const float shrink = expf(highest[g] - best);
-                total[g] *= shrink;
-                for (int s = 0; s < steps; s++) mixed[g][s] *= shrink;
-                highest[g] = best;
+        widen(c->keys, c->cache_kind, base, count * dim, w->keys);
+        widen(c->values, c->cache_kind, base, count * dim, w->values);
+        for (int64_t t = count; t < KEYS; t++) memset(w->keys + t * dim, 0, (size_t)dim * 4);
+        for (int64_t r = 0; r < rows; r += 2) {
+            score(w, r, dim);
+            for (int64_t i = r; i < r + 2; i++) {
+                const int64_t end = seen + (i < rows ? i : r) / group - at; /* keys of these 16 that row i may see */
+                weigh(w, i, c->window ? end - c->window : 0, end < count ? end : count);
             }
-            floats weight = exp_nonpositive(load_f32(scores[g]) - best);
-            memcpy(scores[g], &weight, sizeof weight);
-            total[g] += sum(weight);
-        }
-        for (int t = 0; t < count; t++) {
-            floats value[MAX_DIM / WIDTH];
-            for (int s = 0; s < steps; s++) value[s] = load(c->values, base + t * token_stride + s * WIDTH, kind);
-            for (int g = 0; g < group; g++)
-                for (int s = 0; s < steps; s++) mixed[g][s] += scores[g][t] * value[s];
+            int64_t d = 0;
+            for (; d + 32 <= dim; d += 32) mix(w, r, d, dim, count, 4);
+            for (; d < dim; d += 8) mix(w, r, d, dim, count, 1);
         }
         at += count;
     }
-    const int64_t target = (c->rows[task] * c->heads + kv_head * group) * dim;
-    for (int g = 0; g < group; g++) {
-        const float inverse = 1.0f / total[g];
-        for (int s = 0; s < steps; s++) {
-            floats y = mixed[g][s] * inverse;
-            for (int i = 0; i < WIDTH; i++) {
-                const int64_t index = target + g * dim + s * WIDTH + i;
-                if (kind) ((uint16_t *)c->output)[index] = to_bf16(y[i]);
-                else ((float *)c->output)[index] = y[i];
-            }
-        }
+    for (int64_t r = 0; r < rows; r++) {
+        const float inverse = 1.0f / w->total[r];
+        for (int64_t d = 0; d < dim; d++) w->mixed[r * dim + d] *= inverse;
+        narrow(w->mixed + r * dim, dim, c->output, c->kind, ((row + r / group) * c->heads + kv_head * group + r % group) * dim);
     }
 }
 
-/* The usual shapes with their loops unrolled, the others in general. */
-INLINE void dispatch(const struct paged_call *c, int64_t task, int64_t kv_head, int kind) {
-    const int steps = (int)(c->dim / WIDTH), group = (int)(c->heads / c->kv_heads);
-    if (steps == 4 && group == 4) attend(c, task, kv_head, kind, 4, 4);
-    else if (steps == 4 && group == 3) attend(c, task, kv_head, kind, 4, 3);
-    else if (steps == 4 && group == 1) attend(c, task, kv_head, kind, 4, 1);
-    else if (steps == 8 && group == 4) attend(c, task, kv_head, kind, 8, 4);
-    else if (steps == 8 && group == 3) attend(c, task, kv_head, kind, 8, 3);
-    else attend(c, task, kv_head, kind, steps, group);
-}
-
-CLONES static void attend_f32(const struct paged_call *c, int64_t task, int64_t kv_head) { dispatch(c, task, kv_head, 0); }
-CLONES static void attend_bf16(const struct paged_call *c, int64_t task, int64_t kv_head) { dispatch(c, task, kv_head, 1); }
-
 /* 0, or 1 when the shape is outside what this file can do. */
-int lepton_paged_attention(const struct paged_call *c, int threads) {
-    if (c->dim % WIDTH || c->dim > MAX_DIM || c->heads % c->kv_heads || c->heads / c->kv_heads > MAX_GROUP) return 1;
-    const int64_t count = c->tasks * c->kv_heads;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t i = 0; i < count; i++) {
-        if (c->kind) attend_bf16(c, i / c->kv_heads, i % c->kv_heads);
-        else attend_f32(c, i / c->kv_heads, i % c->kv_heads);
+int lepton_paged_attention(const struct paged_call *c) {
+    if (c->dim % 8 || c->dim > MAX_DIM || c->heads % c->kv_heads || c->heads / c->kv_heads > MAX_ROWS) return 1;
+    const int64_t count = c->num_tasks * c->kv_heads;
+#pragma omp parallel num_threads(c->threads)
+    {
+        struct rows work;
+        /* The last tasks of a prompt see the most keys: the longest first, so that threads end together. */
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = count - 1; i >= 0; i--)
+            attend(c, c->tasks + i / c->kv_heads * 4, i % c->kv_heads, &work);
     }
     return 0;
 }
+#endif

@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lepton_dist.kernels.cpu.matmul import PanelWeight, has_panels
+from lepton_dist.kernels.cpu.matmul import PanelWeight
+from lepton_dist.kernels.cpu.native import native_library
 from lepton_dist.kernels.linear import make_weight, matrix_bytes
 from lepton_dist.kernels.quantized import RoundedWeight
 
-needs_panels = pytest.mark.skipif(not has_panels(), reason="the compiled kernels were not built, or the CPU lacks AVX2")
+needs_panels = pytest.mark.skipif(native_library() is None, reason="no compiled kernels: not built, or no AVX2")
 sizes = st.tuples(st.integers(1, 20), st.integers(1, 200), st.integers(1, 70))
 # Values that share a scale of x, None for a whole row, and the number of steps that the largest of them gets.
 ROUNDED_X = {"int8": (None, 1023), "int4": (32, 127)}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from lepton_dist.kernels.attention import Decodes, PagedBatch, paged_attention
+from lepton_dist.kernels.attention import PagedBatch, paged_attention
 from lepton_dist.kernels.cpu.native import native_library
 from lepton_dist.kernels.cpu.paged import can_attend
 
@@ -19,10 +20,10 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 def exact(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: list[int], seen: range) -> torch.Tensor:
     """Softmax attention of one token [heads, dim] in float64."""
     heads, dim = query.shape
-    group = heads // keys.shape[2]
+    group = heads // keys.shape[1]
     places = [(table[at // BLOCK], at % BLOCK) for at in seen]
-    k = torch.stack([keys[place] for place in places]).double().repeat_interleave(group, dim=1)
-    v = torch.stack([values[place] for place in places]).double().repeat_interleave(group, dim=1)
+    k = torch.stack([keys[block, :, inside] for block, inside in places]).double().repeat_interleave(group, dim=1)
+    v = torch.stack([values[block, :, inside] for block, inside in places]).double().repeat_interleave(group, dim=1)
     scores = torch.einsum("hd,thd->ht", query.double(), k) / math.sqrt(dim)
     return torch.einsum("ht,thd->hd", scores.softmax(dim=1), v)
 
@@ -35,13 +36,13 @@ def test_decode_attention_equals_softmax(dtype: torch.dtype, shape: tuple[int, i
     torch.manual_seed(heads + dim)
     lengths = [1, 15, 16, 17, 97]
     blocks = [list(chunk) for chunk in torch.randperm(7 * len(lengths)).view(len(lengths), 7).tolist()]
-    keys = torch.randn(7 * len(lengths), BLOCK, kv_heads, dim).to(dtype)
+    keys = torch.randn(7 * len(lengths), kv_heads, BLOCK, dim).to(dtype)
     values = torch.randn_like(keys)
     # As in a batch: the query is a slice of the fused projection, so its rows are further apart than its width.
     query = torch.randn(len(lengths) + 1, heads + 2 * kv_heads, dim).to(dtype)[:, :heads]
-    rows = torch.tensor([1, 2, 3, 4, 5])
-    decodes = Decodes(rows, torch.tensor(blocks), torch.tensor(lengths))
-    batch = PagedBatch(torch.empty(0, dtype=torch.int64), decodes, [])
+    rows = [1, 2, 3, 4, 5]
+    spans = np.array([(row, 1, length) for row, length in zip(rows, lengths, strict=True)])
+    batch = PagedBatch(torch.empty(0, dtype=torch.int64), spans, torch.tensor(blocks))
     result = paged_attention(query, keys, values, batch, window)
     for index, length in enumerate(lengths):
         start = 0 if window is None else max(0, length - window)
@@ -52,5 +53,20 @@ def test_decode_attention_equals_softmax(dtype: torch.dtype, shape: tuple[int, i
 def test_the_compiled_kernel_was_used() -> None:
     if native_library() is None:
         pytest.skip("the compiled kernels were not built: no C compiler was found at installation")
-    assert can_attend(torch.zeros(1, 4, 64), torch.zeros(1, BLOCK, 2, 64))
-    assert not can_attend(torch.zeros(1, 4, 20), torch.zeros(1, BLOCK, 2, 20))
+    assert can_attend(torch.zeros(1, 4, 64), torch.zeros(1, 2, BLOCK, 64))
+    assert not can_attend(torch.zeros(1, 4, 20), torch.zeros(1, 2, BLOCK, 20))
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
+def test_a_long_prompt_in_chunks_equals_softmax(cache_dtype: torch.dtype) -> None:
+    """More tokens than a task takes, behind a prefix, with a cache of another dtype than the query."""
+    torch.manual_seed(1)
+    heads, kv_heads, dim, length, count = 8, 2, 64, 150, 77
+    blocks = torch.randperm(10).tolist()
+    keys, values = (torch.randn(10, kv_heads, BLOCK, dim).to(cache_dtype) for _ in range(2))
+    query = torch.randn(count, heads, dim)
+    spans = np.array([(0, count, length)])
+    result = paged_attention(query, keys, values, PagedBatch(torch.empty(0), spans, torch.tensor([blocks])), None)
+    for row in range(0, count, 7):
+        expected = exact(query[row], keys, values, blocks, range(length - count + row + 1))
+        assert (result[row].double() - expected).abs().max() < TOLERANCE[torch.float32]

@@ -1,0 +1,93 @@
+/* What lies between the matmuls of a layer, each in one pass: norms with the residual, rope, KV writes, gating.
+ *
+ * A kind of 0 is float32, 1 is bfloat16. Everything is computed in float32.
+ */
+#if defined(__x86_64__)
+#include "vector.h"
+
+#define SMALL 16384 /* values that one thread handles before a second could have woken up */
+
+/* hidden float32 [rows, dim] += delta [rows, dim] of the kind, where there is one; then its root mean square norm
+   (arXiv:1910.07467) times weight float32 [dim] -> y [rows, dim] of the kind. */
+TARGET void lepton_rms_norm(
+    float *hidden, const void *delta, const float *weight, void *y, int64_t rows, int64_t dim, int64_t kind, float eps,
+    int64_t threads
+) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * dim > SMALL)
+    for (int64_t r = 0; r < rows; r++) {
+        float *x = hidden + r * dim, added[64];
+        float squares = 0;
+        for (int64_t k0 = 0; k0 < dim; k0 += 64) {
+            const int64_t count = dim - k0 < 64 ? dim - k0 : 64;
+            if (delta != NULL) {
+                widen(delta, kind, r * dim + k0, count, added);
+                for (int64_t k = 0; k < count; k++) x[k0 + k] += added[k];
+            }
+            for (int64_t k = 0; k < count; k++) squares += x[k0 + k] * x[k0 + k];
+        }
+        const float factor = 1.0f / sqrtf(squares / (float)dim + eps);
+        for (int64_t k0 = 0; k0 < dim; k0 += 64) {
+            const int64_t count = dim - k0 < 64 ? dim - k0 : 64;
+            for (int64_t k = 0; k < count; k++) added[k] = x[k0 + k] * factor * weight[k0 + k];
+            narrow(added, count, y, kind, r * dim + k0);
+        }
+    }
+}
+
+/* x [rows, 2 ffn] holds gate, then up: silu(gate) * up -> y [rows, ffn]. */
+TARGET void lepton_gated_silu(const void *x, void *y, int64_t rows, int64_t ffn, int64_t kind, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * ffn > SMALL)
+    for (int64_t i = 0; i < rows * ((ffn + 63) / 64); i++) {
+        const int64_t r = i / ((ffn + 63) / 64), k0 = i % ((ffn + 63) / 64) * 64;
+        const int64_t count = ffn - k0 < 64 ? ffn - k0 : 64;
+        float gate[64], up[64];
+        widen(x, kind, r * 2 * ffn + k0, count, gate);
+        widen(x, kind, r * 2 * ffn + ffn + k0, count, up);
+        for (int64_t k = 0; k < count; k++) gate[k] = gate[k] / (1.0f + exp_of(-gate[k])) * up[k];
+        narrow(gate, count, y, kind, r * ffn + k0);
+    }
+}
+
+/* Rotate the first 2 * half channels of each of the first `heads` heads of x [rows, stride], in place, by
+   cos and sin float32 [rows, half] (arXiv:2104.09864, halves against each other). */
+TARGET void lepton_rotate(
+    void *x, const float *cos, const float *sin, int64_t rows, int64_t heads, int64_t dim, int64_t half, int64_t stride,
+    int64_t kind, int64_t threads
+) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * heads * dim > SMALL)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t h = 0; h < heads; h++) {
+            float first[256], second[256], turned[256];
+            const int64_t at = r * stride + h * dim;
+            widen(x, kind, at, half, first);
+            widen(x, kind, at + half, half, second);
+            const float *c = cos + r * half, *s = sin + r * half;
+            for (int64_t k = 0; k < half; k++) turned[k] = first[k] * c[k] - second[k] * s[k];
+            narrow(turned, half, x, kind, at);
+            for (int64_t k = 0; k < half; k++) turned[k] = second[k] * c[k] + first[k] * s[k];
+            narrow(turned, half, x, kind, at + half);
+        }
+}
+
+/* Put key and value [rows, heads, dim] of the kind, rows `stride` apart, into slots (block * block_tokens + place) of the
+   arenas [blocks, heads, block_tokens, dim]. */
+TARGET void lepton_write_cache(
+    const void *key, const void *value, const int64_t *slots, void *keys, void *values, int64_t rows, int64_t heads,
+    int64_t dim, int64_t block_tokens, int64_t stride, int64_t kind, int64_t cache_kind
+) {
+    const void *from[2] = {key, value};
+    void *to[2] = {keys, values};
+    for (int64_t r = 0; r < rows; r++)
+        for (int i = 0; i < 2; i++)
+            for (int64_t h = 0; h < heads; h++) {
+                const int64_t block = slots[r] / block_tokens, inside = slots[r] % block_tokens;
+                const int64_t at = ((block * heads + h) * block_tokens + inside) * dim;
+                for (int64_t k0 = 0; k0 < dim; k0 += 64) {
+                    const int64_t count = dim - k0 < 64 ? dim - k0 : 64;
+                    float part[64];
+                    widen(from[i], kind, r * stride + h * dim + k0, count, part);
+                    narrow(part, count, to[i], cache_kind, at + k0);
+                }
+            }
+}
+#endif

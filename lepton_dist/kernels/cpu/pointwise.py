@@ -1,0 +1,82 @@
+"""Norms, rope, KV writes and gating in one pass each, by the compiled kernels of `pointwise.c`.
+
+Each function is given the library, which says that it is there, and takes what its `can_` function agrees to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from lepton_dist.kernels.cpu.native import KINDS, native_library
+
+_MAX_HALF = 256  # channels of half a head, as in pointwise.c
+_I = ctypes.c_int64
+
+
+def _at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def library_for(*tensors: torch.Tensor) -> ctypes.CDLL | None:
+    """The compiled kernels, if they are there and take tensors of these dtypes on this device."""
+    if any(tensor.device.type != "cpu" or tensor.dtype not in KINDS for tensor in tensors):
+        return None
+    return native_library()
+
+
+def rms_norm(
+    library: ctypes.CDLL,
+    hidden: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """hidden float32 [tokens, dim] += delta, in place; its norm in `dtype`. All contiguous, delta of `dtype`."""
+    y = torch.empty(hidden.shape, dtype=dtype)
+    rows, dim = hidden.shape
+    kind, threads = _I(KINDS[dtype]), _I(torch.get_num_threads())
+    library.lepton_rms_norm(
+        _at(hidden), _at(delta), _at(weight), _at(y), _I(rows), _I(dim), kind, ctypes.c_float(eps), threads
+    )
+    return y
+
+
+def gated_silu(library: ctypes.CDLL, x: torch.Tensor) -> torch.Tensor:
+    """x [tokens, 2 ffn], contiguous -> silu(gate) * up [tokens, ffn]."""
+    rows, ffn = x.shape[0], x.shape[1] // 2
+    y = x.new_empty((rows, ffn))
+    library.lepton_gated_silu(_at(x), _at(y), _I(rows), _I(ffn), _I(KINDS[x.dtype]), _I(torch.get_num_threads()))
+    return y
+
+
+def can_rotate(x: torch.Tensor, half: int) -> bool:
+    """Whether the heads of x [tokens, heads, head_dim] lie side by side and are short enough."""
+    return x.stride(2) == 1 and x.stride(1) == x.shape[2] and half <= _MAX_HALF
+
+
+def rotate(library: ctypes.CDLL, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotate x [tokens, heads, head_dim] in place; cos, sin float32 [tokens, 1, half], contiguous."""
+    rows, heads, dim = x.shape
+    sizes = (_I(rows), _I(heads), _I(dim), _I(cos.shape[-1]), _I(x.stride(0)))
+    library.lepton_rotate(_at(x), _at(cos), _at(sin), *sizes, _I(KINDS[x.dtype]), _I(torch.get_num_threads()))
+
+
+def write_cache(
+    library: ctypes.CDLL,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> None:
+    """Put key and value [tokens, kv_heads, head_dim], of one layout, into slots int64 [tokens] of the arenas.
+
+    keys, values [blocks, kv_heads, block_tokens, head_dim]; a slot is block * block_tokens + place in the block.
+    """
+    rows, heads, dim = key.shape
+    sizes = (_I(rows), _I(heads), _I(dim), _I(keys.shape[2]), _I(key.stride(0)))
+    kinds = (_I(KINDS[key.dtype]), _I(KINDS[keys.dtype]))
+    library.lepton_write_cache(_at(key), _at(value), _at(slots), _at(keys), _at(values), *sizes, *kinds)

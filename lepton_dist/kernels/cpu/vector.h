@@ -1,0 +1,73 @@
+/* What all kernels share: the instructions they may use, float formats, and e^x.
+ *
+ * The kernels are plain C functions, called through ctypes, on torch's OpenMP threads. They are written for AVX2 with FMA
+ * and F16C, which every x86 server has had since 2013; lepton_is_supported says whether this machine does.
+ */
+#ifndef LEPTON_VECTOR_H
+#define LEPTON_VECTOR_H
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16") /* sums must stay in registers: every short loop around them is unrolled */
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+
+INLINE float bf16_to_float(uint16_t half) {
+    const uint32_t bits = (uint32_t)half << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+INLINE uint16_t float_to_bf16(float x) { /* round to nearest even; NaN stays NaN */
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
+}
+
+/* `count` values from index `at` of an array of the kind (0 float32, 1 bfloat16), as floats. */
+INLINE void widen(const void *from, int64_t kind, int64_t at, int64_t count, float *to) {
+    if (kind)
+        for (int64_t k = 0; k < count; k++) to[k] = bf16_to_float(((const uint16_t *)from)[at + k]);
+    else
+        memcpy(to, (const float *)from + at, (size_t)count * 4);
+}
+
+/* The way back. */
+INLINE void narrow(const float *from, int64_t count, void *to, int64_t kind, int64_t at) {
+    if (kind)
+        for (int64_t k = 0; k < count; k++) ((uint16_t *)to)[at + k] = float_to_bf16(from[k]);
+    else
+        memcpy((float *)to + at, from, (size_t)count * 4);
+}
+
+INLINE float largest_magnitude(const float *values, int64_t count) {
+    float highest = 0;
+    for (int64_t k = 0; k < count; k++) highest = fmaxf(highest, fabsf(values[k]));
+    return highest;
+}
+
+/* e^x to 2 units in the last place (Cephes' expf), in a form that compilers turn into vectors. Below -87 it is 0. */
+INLINE float exp_of(float x) {
+    const float within = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    const float k = rintf(within * 1.44269504088896341f);
+    const float r = fmaf(k, 2.12194440e-4f, fmaf(k, -0.693359375f, within));
+    float y = 1.9875691500e-4f;
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    const uint32_t bits = (uint32_t)((int32_t)k + 127) << 23;
+    float scale;
+    memcpy(&scale, &bits, 4);
+    return x < -87.0f ? 0.0f : y * scale;
+}
+
+#endif
