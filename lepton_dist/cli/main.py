@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": "complete a file of prompts; resumable",
     "inspect": "show what each rank holds of a model under a plan, without starting MPI",
     "bench": "measure load, prefill, decode and an offline batch, against the limits of the machine",
+    "profile": "measure the ranks and their links into a cluster file, for plans and predictions",
     "doctor": "check MPI, launcher, cores, shared memory, links and model files",
 }
 

@@ -15,7 +15,8 @@ from lepton_dist.comm.group import Group
 from lepton_dist.comm.world import World
 from lepton_dist.config.machine import affinity_mask, asked_threads, available_bytes, fair_threads
 from lepton_dist.errors import CheckpointError
-from lepton_dist.runtime.facts import CollectiveTiming, GroupFacts, PairTiming, RankFacts
+from lepton_dist.runtime.compute import measure_compute, measure_reduce
+from lepton_dist.runtime.facts import CollectiveTiming, ComputeFacts, GroupFacts, PairTiming, RankFacts, ReduceCurve
 from lepton_dist.storage.fingerprint import model_fingerprint
 
 EXAMINE_TIMEOUT_S = 60.0
@@ -25,10 +26,11 @@ _MOST_ROUNDS = 500
 _PACKAGES = ("lepton-dist", "mpi4py", "numpy", "tokenizers")
 
 
-def examine(world: World, model: str = "") -> RankFacts:
+def examine(world: World, model: str = "", *, measures: bool = False) -> RankFacts:
     """Look at this rank's machine and measure its links; collective over the world, under a second on sound links.
 
-    The first rank of each node also looks for the directory `model`, when one is named.
+    The first rank of each node also looks for the directory `model`, when one is named. With `measures` every rank
+    measures how fast it computes, which takes some ten seconds more.
 
     Raises:
         RankLostError: a rank did not come before the deadline.
@@ -45,6 +47,8 @@ def examine(world: World, model: str = "") -> RankFacts:
             everyone.barrier()
             groups.append(_group_facts(everyone, "job"))
         pairs = _inside_nodes(world, everyone) + _between_nodes(world, everyone)
+        threads = asked_threads() or fair_threads(masks, node.rank)
+        compute, reduces = _measured(world, node, everyone, threads) if measures else (None, [])
     looks = model and node.rank == 0
     shm_bytes, shm_free_bytes = _shared_memory()
     return RankFacts(
@@ -53,7 +57,7 @@ def examine(world: World, model: str = "") -> RankFacts:
         cores=sorted(os.sched_getaffinity(0)),
         online_cores=psutil.cpu_count() or 1,
         asked_threads=asked_threads() or 0,
-        threads=asked_threads() or fair_threads(masks, node.rank),
+        threads=threads,
         memory_bytes=available_bytes(len(members)),
         node_memory_bytes=psutil.virtual_memory().total,
         shm_bytes=shm_bytes,
@@ -62,7 +66,23 @@ def examine(world: World, model: str = "") -> RankFacts:
         model=_look_for(model) if looks else "",
         groups=[facts for facts in groups if facts.ranks[0] == world.rank],
         pairs=pairs,
+        reduces=reduces,
+        compute=compute,
     )
+
+
+def _measured(world: World, node: Group, everyone: Group, threads: int) -> tuple[ComputeFacts, list[ReduceCurve]]:
+    """How fast this rank computes, and its groups add: the latter from each group's first rank alone."""
+    torch.set_num_threads(threads)  # as a session does
+    compute = measure_compute(node, world.group([world.rank], "alone"))
+    groups = {"node": node} if node is everyone else {"node": node, "job": everyone}
+    curves = []
+    for name, group in groups.items():
+        everyone.barrier()
+        if group.size > 1:
+            curve = measure_reduce(group, name)
+            curves += [curve] if group.rank == 0 else []
+    return compute, curves
 
 
 def _group_facts(group: Group, name: str) -> GroupFacts:

@@ -38,6 +38,31 @@ class GroupFacts(msgspec.Struct, frozen=True):
     notices: list[str]
 
 
+class ReduceCurve(msgspec.Struct, frozen=True):
+    """Measured all-reduces of the ranks of a ``node`` or of the ``job``: bytes, and the slowest rank's seconds."""
+
+    name: str
+    num_ranks: int
+    seconds: list[tuple[int, float]]
+
+
+class ComputeFacts(msgspec.Struct, frozen=True):
+    """How fast a rank computes while the others of its node do the same; the terms are those of `RankProfile`.
+
+    `matmul` holds, by kind of weights, pairs of width and flops/s.
+    """
+
+    memory_bytes_per_s: float
+    matmul: dict[str, list[tuple[int, float]]]
+    attention_bytes_per_s: float
+    attention_flops_per_s: float
+    step_s: float
+    layer_s: float
+    sequence_s: float
+    element_s: float
+    logit_s: float
+
+
 class RankFacts(msgspec.Struct, frozen=True):
     """One rank and what it may use of its machine. Sizes are bytes.
 
@@ -60,3 +85,5 @@ class RankFacts(msgspec.Struct, frozen=True):
     model: str = ""
     groups: list[GroupFacts] = []
     pairs: list[PairTiming] = []
+    reduces: list[ReduceCurve] = []
+    compute: ComputeFacts | None = None

@@ -22,6 +22,7 @@ class OpenSession(msgspec.Struct, tag=True):
     weights: str
     kv_cache: str
     wire: str
+    compute: str
     threads: int
 
 
@@ -54,9 +55,13 @@ class SessionClosed(msgspec.Struct, tag=True):
 
 
 class Examine(msgspec.Struct, tag=True):
-    """To every rank: look at your machine, measure your links, and see whether you find the directory `model`."""
+    """To every rank: look at your machine, measure your links, and see whether you find the directory `model`.
+
+    With `measures`, measure how fast you compute too.
+    """
 
     model: str
+    measures: bool = False
 
 
 class Examined(msgspec.Struct, tag=True):
@@ -81,10 +86,29 @@ class Drain(msgspec.Struct, tag=True):
     """To a leader: give back what has not begun."""
 
 
+class TakeBack(msgspec.Struct, tag=True):
+    """To a leader: give back those of these requests that have not begun. `Dropped` answers, perhaps with none."""
+
+    keys: list[str]
+
+
 class Dropped(msgspec.Struct, tag=True):
     """To rank 0: these requests were given back."""
 
+    replica: int
     keys: list[str]
+
+
+class Measured(msgspec.Struct, tag=True):
+    """To rank 0, every now and then: what a replica has begun, and the steps that have come back.
+
+    steps float64 [steps, 6]: the fields of `StepCounts`, and the seconds since the result before it (since
+    its start, when nothing ran then).
+    """
+
+    replica: int
+    begun: list[str]
+    steps: bytes
 
 
 class Finished(msgspec.Struct, tag=True):
@@ -105,7 +129,9 @@ Message = (
     | Shutdown
     | Assign
     | Drain
+    | TakeBack
     | Dropped
+    | Measured
     | Finished
     | RunBatch
     | StepResult

@@ -1,0 +1,210 @@
+"""What one stage of a plan costs: bytes and flops counted from the seats that its ranks hold. Pure.
+
+The equations and their sources are in docs/decisions/006-cost-model.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lepton_dist.coordinator.cluster import Cluster, RankProfile
+from lepton_dist.model.parameters import matrix_kind
+from lepton_dist.plan.axes import Axis, ModelShape, span_size
+from lepton_dist.plan.placement import Seat
+from lepton_dist.plan.precision import Dtypes
+
+TERMS = ("weights", "matmul", "attention", "collectives", "transfers", "overhead")
+# Bytes of a value: 4-bit weights have a 16-bit scale for each group of 32, an int8 wire for each group of 64.
+WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5625}
+WIRE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.03125}
+_NORMS_A_LAYER = 2
+# `attention_bytes_per_s` is measured in bfloat16, with this many query heads for each KV head.
+_PROFILED_GROUP, _PROFILED_KV_BYTES = 4, 2.0
+
+
+class StepWork(NamedTuple):
+    """What one batch asks of every stage.
+
+    `tokens` are rows through the layers, `samples` rows through the head. `decode_kv_tokens` is the sum of the context
+    lengths of sequences with one new token, `prefill_pairs` that of (query, key) pairs over chunks of prompts.
+    """
+
+    tokens: int
+    samples: int
+    sequences: int
+    decode_kv_tokens: int = 0
+    prefill_pairs: int = 0
+
+
+class Terms(NamedTuple):
+    """Seconds of a step by cause."""
+
+    weights: float = 0.0
+    matmul: float = 0.0
+    attention: float = 0.0
+    collectives: float = 0.0
+    transfers: float = 0.0
+    overhead: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self[0] + self[1] + self[2] + self[3] + self[4] + self[5]
+
+    def plus(self, other: Terms) -> Terms:
+        """Term by term."""
+        return Terms(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What a model costs wherever it runs: its sizes, how many matrices its MLP has, and the dtypes of a run."""
+
+    shape: ModelShape
+    dtypes: Dtypes
+    is_gated: bool = True
+    is_tied: bool = False
+
+    def layer_weights(self, seat: Seat) -> int:
+        """Values in the matrices of one layer that a seat holds: qkv, attention output, up (and gate), down."""
+        shape = self.shape
+        heads, kv_heads = span_size(seat.spans[Axis.HEADS]), span_size(seat.spans[Axis.KV_HEADS])
+        attention = (2 * heads + 2 * kv_heads) * shape.head_dim
+        return shape.hidden * (attention + (3 if self.is_gated else 2) * span_size(seat.spans[Axis.FFN]))
+
+    def vocab_weights(self, seat: Seat) -> int:
+        """Values in a seat's rows of the embedding, or of the head."""
+        return self.shape.hidden * span_size(seat.spans[Axis.VOCAB])
+
+    def kv_token_bytes(self, seat: Seat) -> float:
+        """Bytes of the keys and values of one token in all of a seat's layers."""
+        kv_heads = span_size(seat.spans[Axis.KV_HEADS])
+        return 2 * len(seat.layers) * kv_heads * self.shape.head_dim * WEIGHT_BYTES[self.dtypes.kv_cache]
+
+    @property
+    def head_dtype(self) -> str:
+        """The dtype of the head's matrix."""
+        return matrix_kind("head.weight", self.dtypes.weights)
+
+    def held_bytes(self, seat: Seat) -> float:
+        """Bytes of a seat's weights, as `parallel.requirements.weight_bytes` counts them but for biases.
+
+        The embedding and norms are never quantised. A tied head is the embedding in float32, else a packed copy.
+        """
+        size = WEIGHT_BYTES[self.dtypes.weights]
+        total = len(seat.layers) * (self.layer_weights(seat) * size + _NORMS_A_LAYER * self.shape.hidden * 4)
+        if seat.is_first:
+            total += self.vocab_weights(seat) * WEIGHT_BYTES[self.dtypes.compute]
+        if seat.is_last:
+            total += self.shape.hidden * 4
+            if not (self.is_tied and seat.is_first and self.head_dtype == "float32"):
+                total += self.vocab_weights(seat) * WEIGHT_BYTES[self.head_dtype]
+        return total
+
+
+class RankCost:
+    """One rank's part of a stage, without what it waits for."""
+
+    def __init__(self, model: ModelCost, seat: Seat, profile: RankProfile) -> None:
+        self.held_bytes, self.kv_token_bytes = model.held_bytes(seat), model.kv_token_bytes(seat)
+        self._matmul, num_layers = profile.matmul, len(seat.layers)
+        self._dtype, self._head_dtype = model.dtypes.weights, model.head_dtype
+        layers, head = num_layers * model.layer_weights(seat), model.vocab_weights(seat) if seat.is_last else 0
+        self._layer_flops, self._head_flops = 2.0 * layers, 2.0 * head
+        self._layers_s = layers * WEIGHT_BYTES[self._dtype] / profile.memory_bytes_per_s
+        self._head_s = head * WEIGHT_BYTES[self._head_dtype] / profile.memory_bytes_per_s
+        heads = span_size(seat.spans[Axis.HEADS])
+        # Keys and values come from memory once; each query head then works on them, which is what was measured.
+        worked = 2 * num_layers * heads * model.shape.head_dim * _PROFILED_KV_BYTES / _PROFILED_GROUP
+        self._kv_token_s = max(self.kv_token_bytes / profile.memory_bytes_per_s, worked / profile.attention_bytes_per_s)
+        self._pair_s = 4.0 * num_layers * heads * model.shape.head_dim / profile.attention_flops_per_s
+        self._step_s = profile.step_s + num_layers * profile.layer_s
+        self._token_s = num_layers * model.shape.hidden * profile.element_s
+        self._sequence_s = profile.sequence_s
+        self._sample_s = span_size(seat.spans[Axis.VOCAB]) * profile.logit_s if seat.is_last else 0.0
+        self._curve: dict[tuple[str, int], float] = {}
+
+    def terms(self, work: StepWork) -> tuple[float, float, float, float]:
+        """Seconds of weights, matmul, attention and overhead: weights and matmul together are the measured curve."""
+        tokens, samples, sequences, decode_kv_tokens, prefill_pairs = work
+        weights = self._layers_s
+        matmul = max(0.0, self._layer_flops * tokens * self._per_flop(self._dtype, tokens) - weights) if tokens else 0.0
+        if samples and self._head_flops:
+            weights += self._head_s
+            matmul += max(0.0, self._head_flops * samples * self._per_flop(self._head_dtype, samples) - self._head_s)
+        attention = decode_kv_tokens * self._kv_token_s + prefill_pairs * self._pair_s
+        overhead = self._step_s + tokens * self._token_s + sequences * self._sequence_s + samples * self._sample_s
+        return weights, matmul, attention, overhead
+
+    def _per_flop(self, dtype: str, width: int) -> float:
+        """Seconds of a flop at a width; kept, for steps ask for the same widths over and over."""
+        found = self._curve.get((dtype, width))
+        if found is None:
+            found = self._curve[dtype, width] = 1.0 / self._matmul.flops_per_s(dtype, width)
+        return found
+
+
+class StageCost:
+    """The ranks of one stage and what passes between them, and to them from the stage before.
+
+    `held_bytes` and `kv_token_bytes` are those of each rank, in the order of the stage.
+    """
+
+    def __init__(self, model: ModelCost, seats: Sequence[Seat], cluster: Cluster, before: Sequence[int]) -> None:
+        self._cluster, self._members = cluster, tuple(seat.rank for seat in seats)
+        unique: dict[object, RankCost] = {}
+        own = [
+            unique.setdefault(_alike(seat, cluster), RankCost(model, seat, cluster.ranks[seat.rank])) for seat in seats
+        ]
+        self.held_bytes = tuple(cost.held_bytes for cost in own)
+        self.kv_token_bytes = tuple(cost.kv_token_bytes for cost in own)
+        self._own, self._ranks = tuple(own), tuple(unique.values())
+        first = seats[0]
+        self._num_reduces = 2 * len(first.layers) if len(seats) > 1 else 0
+        self._embeds = first.is_first and len(seats) > 1
+        self._samples_s = cluster.all_reduce_s(self._members, 16) if first.is_last and len(seats) > 1 else 0.0
+        self._row_bytes = model.shape.hidden * WEIGHT_BYTES[model.dtypes.compute]
+        self._wire_row_bytes = model.shape.hidden * WIRE_BYTES[model.dtypes.wire]
+        # An int8 wire carries the sums of layers too, but only between nodes.
+        is_narrow = model.dtypes.wire == "int8" and len({cluster.ranks[rank].node for rank in self._members}) > 1
+        self._sum_row_bytes = self._wire_row_bytes if is_narrow else self._row_bytes
+        # Activations are whole on every rank of a stage: rank j gets them from rank j mod n of the n before.
+        self._links = {cluster.link(before[j % len(before)], rank) for j, rank in enumerate(self._members) if before}
+        self._moves: dict[int, tuple[float, float]] = {}
+
+    def terms(self, work: StepWork) -> Terms:
+        """Seconds of the slowest rank."""
+        slowest = max((rank.terms(work) for rank in self._ranks), key=sum) if len(self._ranks) > 1 else None
+        weights, matmul, attention, overhead = slowest or self._ranks[0].terms(work)
+        collectives, transfers = self._moved(work.tokens)
+        if work.samples:
+            collectives += self._samples_s
+        return Terms(weights, matmul, attention, collectives, transfers, overhead)
+
+    def rank_seconds(self, work: StepWork) -> list[float]:
+        """Seconds in which each rank of the stage computes, or moves what all wait for."""
+        moved_s = sum(self._moved(work.tokens))
+        return [sum(rank.terms(work)) + moved_s for rank in self._own]
+
+    def _moved(self, tokens: int) -> tuple[float, float]:
+        found = self._moves.get(tokens)
+        if found is None:
+            collectives = transfers = 0.0
+            if self._num_reduces:
+                collectives = self._num_reduces * self._reduce_s(tokens * self._sum_row_bytes)
+            if self._embeds:
+                collectives += self._reduce_s(tokens * self._row_bytes)
+            if self._links:
+                transfers = max(link.seconds(tokens * self._wire_row_bytes) for link in self._links)
+            found = self._moves[tokens] = collectives, transfers
+        return found
+
+    def _reduce_s(self, num_bytes: float) -> float:
+        return self._cluster.all_reduce_s(self._members, num_bytes)
+
+
+def _alike(seat: Seat, cluster: Cluster) -> object:
+    """Equal for ranks of a stage that take the same time: as much of each axis, on the same kind of machine."""
+    return (tuple((axis, span_size(spans)) for axis, spans in seat.spans.items()), cluster.ranks[seat.rank].kind)
