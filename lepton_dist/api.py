@@ -14,7 +14,7 @@ from lepton_dist.config.sampling import SamplingParams
 from lepton_dist.engine.request import Request
 from lepton_dist.errors import RequestError, UsageError
 from lepton_dist.plan.document import load_plan
-from lepton_dist.plan.plan import Plan, Replica, Stage
+from lepton_dist.plan.plan import Plan, Precision, Replica, Stage
 from lepton_dist.runtime.controller import Controller
 from lepton_dist.runtime.job import Job, script_job
 from lepton_dist.runtime.opening import ModelRequest, open_model
@@ -37,6 +37,13 @@ class _Settings:
     threads: int
     max_sequences: int
     is_dynamic: bool
+    is_quantized: bool
+
+    def precision(self, planned: Precision) -> Precision:
+        """The plan's precision, or int8 weights in its place, with `dtype` for what is not weights."""
+        if not self.is_quantized:
+            return planned
+        return replace(planned, weights="int8", kv_cache=self.dtype or planned.kv_cache, wire=self.dtype or planned.wire)
 
 
 class LeptonInference:
@@ -47,7 +54,7 @@ class LeptonInference:
 
     Args:
         model_path: a Hugging Face checkpoint directory; or call `load_model` later.
-        quantization: must be False in this version.
+        quantization: whether weights are rounded to int8 while they are loaded, whatever the plan says.
         plan: a `Plan` or a plan file; by default tensor parallel over a node's ranks and pipelines over nodes.
         dtype: "float32" or "bfloat16", over the plan's; by default the checkpoint's.
         threads: threads a rank; 0 for the job's setting or a fair share of the cores.
@@ -65,11 +72,10 @@ class LeptonInference:
         dtype: str | None = None,
         threads: int = 0,
     ) -> None:
-        _refuse(quantization, "quantization")
         chosen = plan if plan is None or isinstance(plan, Plan) else load_plan(plan)
         self._job: Job = script_job()
         limits = chosen.engine if chosen is not None else Plan().engine
-        self._settings = _Settings("", chosen, dtype, threads, limits.max_sequences, True)
+        self._settings = _Settings("", chosen, dtype, threads, limits.max_sequences, True, quantization)
         self._blueprint: Blueprint | None = None
         self._opened: _Settings | None = None
         if model_path is not None:
@@ -115,7 +121,8 @@ class LeptonInference:
         Args:
             dataset: from `load_dataset`, or prompts.
             epochs: the number of passes; each draws its own samples.
-            quantization, pruning: must be None or False in this version.
+            quantization: as in the constructor, for this call; None keeps what is set.
+            pruning: must be None or False in this version.
             dynamic_scheduling: as `set_dynamic_scheduling`, for this call; None keeps what is set.
             parallel: False uses rank 0 only.
             sampling: how tokens are chosen; a row's own fields go before it. By default the checkpoint's defaults.
@@ -124,13 +131,14 @@ class LeptonInference:
             UsageError: a setting is not supported, or no model is loaded.
             RequestError: a row cannot be run; the message names its line.
         """
-        _refuse(quantization, "quantization")
         _refuse(pruning, "pruning")
         if epochs < 1:
             raise UsageError(f"epochs must be at least 1, not {epochs}")
         settings = self._settings
         if dynamic_scheduling is not None:
             settings = replace(settings, is_dynamic=dynamic_scheduling)
+        if quantization is not None:
+            settings = replace(settings, is_quantized=quantization)
         if not parallel:
             settings = replace(settings, plan=_alone(settings.plan))
         rows = dataset if isinstance(dataset, Dataset) else load_dataset(dataset)
@@ -154,8 +162,13 @@ class LeptonInference:
         if job.controller.is_open:
             job.controller.close()
         plan = settings.plan or Plan.default(job.controller.world.nodes)
-        plan = replace(plan, engine=replace(plan.engine, max_sequences=settings.max_sequences))
-        request = ModelRequest(settings.model, plan, settings.dtype, settings.threads)
+        plan = replace(
+            plan,
+            engine=replace(plan.engine, max_sequences=settings.max_sequences),
+            precision=settings.precision(plan.precision),
+        )
+        dtype = None if settings.is_quantized else settings.dtype
+        request = ModelRequest(settings.model, plan, dtype, settings.threads)
         self._blueprint = open_model(job.controller, request, is_dynamic=settings.is_dynamic)
         self._opened, job.owner = settings, self
         return job.controller, self._blueprint

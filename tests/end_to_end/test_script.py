@@ -21,6 +21,8 @@ inference.set_batch_size(2)
 inference.set_dynamic_scheduling(True)
 sampling = SamplingParams(max_tokens=8, temperature=0.7)
 texts = inference.generate_texts(dataset, epochs=2, dynamic_scheduling=True, parallel=True, sampling=sampling)
+rounded = inference.generate_texts(dataset, quantization=True, sampling=SamplingParams(max_tokens=8, temperature=0))
+assert len(rounded) == 3 and inference.generate_texts(dataset, epochs=2, sampling=sampling) == texts
 again = inference.generate_texts(["import os"], parallel=False, sampling=SamplingParams(max_tokens=8, temperature=0))
 inference.set_dynamic_scheduling(False)
 assert inference.generate_texts(dataset, epochs=2, sampling=sampling) == texts
@@ -69,10 +71,11 @@ def test_unsupported_settings_are_refused_by_name(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\nfrom lepton_dist import LeptonInference\nfrom lepton_dist.errors import UsageError\n"
-        "try:\n    LeptonInference(sys.argv[1], quantization=True)\nexcept UsageError as error:\n    print(error)\n"
+        "try:\n    LeptonInference(sys.argv[1]).generate_texts(['x'], pruning=True)\n"
+        "except UsageError as error:\n    print(error)\n"
     )
     job = run([script, MODEL])
-    assert job.returncode == 0 and "quantization is not supported" in job.stdout, job.report()
+    assert job.returncode == 0 and "pruning is not supported" in job.stdout, job.report()
 
 
 def test_an_idle_rank_uses_under_3_per_cent_of_a_core(tmp_path: Path) -> None:
