@@ -6,6 +6,8 @@ import math
 import random
 from dataclasses import dataclass
 
+import msgspec
+
 from lepton_dist.config.sampling import SamplingParams
 from lepton_dist.engine.request import Request
 
@@ -33,14 +35,16 @@ def offline_lengths(count: int = 64, seed: int = 0) -> list[Lengths]:
     return [Lengths(draw(16, 512), draw(8, 128)) for _ in range(count)]
 
 
-def make_requests(lengths: list[Lengths], vocab: int, seed: int) -> list[Request]:
-    """Greedy requests that run to their full length."""
+def make_prompts(lengths: list[Lengths], vocab: int, seed: int) -> list[list[int]]:
+    """Prompts of random tokens."""
     source = random.Random(seed)
+    return [[source.randrange(3, vocab) for _ in range(item.prompt)] for item in lengths]
+
+
+def make_requests(lengths: list[Lengths], vocab: int, seed: int, *, is_sampled: bool = False) -> list[Request]:
+    """Requests that run to their full length, greedy or sampled with a `top_p`."""
+    sampling = SamplingParams(temperature=1.0 if is_sampled else 0.0, top_p=0.9, ignore_eos=True, seed=0)
     return [
-        Request(
-            key=f"{seed}/{index}",
-            prompt=[source.randrange(3, vocab) for _ in range(item.prompt)],
-            sampling=SamplingParams(max_tokens=item.output, temperature=0.0, ignore_eos=True, seed=0),
-        )
-        for index, item in enumerate(lengths)
+        Request(f"{seed}/{index}", prompt, msgspec.structs.replace(sampling, max_tokens=item.output))
+        for index, (prompt, item) in enumerate(zip(make_prompts(lengths, vocab, seed), lengths, strict=True))
     ]

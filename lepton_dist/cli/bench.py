@@ -11,13 +11,15 @@ from typing import Any
 import torch
 
 from lepton_dist.bench.limits import MachineLimits, measure_limits
-from lepton_dist.bench.measure import CASES, Figure, Measurement
-from lepton_dist.bench.settings import Setting, parse_setting
+from lepton_dist.bench.measure import CASES, DECODES, MORE_CASES, Figure, Measurement
+from lepton_dist.bench.peer import PEERS, PeerOrder, measure_peer, missing_peer
+from lepton_dist.bench.plot import check_plotting, write_plot
+from lepton_dist.bench.settings import parse_setting
 from lepton_dist.bench.shapes import SHAPES, shaped_model
 from lepton_dist.errors import UsageError
 from lepton_dist.plan.plan import Plan
 from lepton_dist.runtime.controller import Controller
-from lepton_dist.runtime.opening import ModelRequest, load_plan_document
+from lepton_dist.runtime.opening import ModelRequest, load_plan_document, notice
 from lepton_dist.runtime.run import run
 
 
@@ -27,12 +29,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="160m", help="a Llama shape with random weights (160m)")
     parser.add_argument("--folder", metavar="DIR", default=".", help="where models of a shape are made and kept (.)")
     parser.add_argument("--plan", metavar="FILE", help="the plan of the setting `plan`")
-    parser.add_argument("--compare", metavar="A,B", default="plan", help="settings, such as plain,tp2,pp2+fp32")
-    parser.add_argument("--cases", metavar="A,B", default=",".join(CASES), help=f"of {', '.join(CASES)}")
+    parser.add_argument("--compare", metavar="A,B", default="plan", help="settings: plain,tp2,pp2+fp32,int8")
+    parser.add_argument("--cases", metavar="A,B", default=",".join(CASES), help=f"these, or {', '.join(MORE_CASES)}")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each case (3)")
     parser.add_argument("--output-tokens", type=int, default=32, metavar="N", help="decoded tokens of a request (32)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="threads a rank")
+    parser.add_argument("--peer", choices=PEERS, help="measure it in the same run, with as many threads")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--plot", metavar="FILE", help="and a picture of them, as PNG (needs matplotlib)")
 
 
 def run_command(options: argparse.Namespace) -> int:
@@ -43,10 +47,12 @@ def run_command(options: argparse.Namespace) -> int:
     """
     cases = options.cases.split(",")
     for case in cases:
-        if case not in CASES:
-            raise UsageError(f"--cases: {case!r} is unknown; known: {', '.join(CASES)}")
+        if case not in (*CASES, *MORE_CASES):
+            raise UsageError(f"--cases: {case!r} is unknown; known: {', '.join((*CASES, *MORE_CASES))}")
     if options.repeats < 1 or options.output_tokens < 1:
         raise UsageError("--repeats and --output-tokens must be at least 1")
+    if options.plot:
+        check_plotting()
     return run(lambda controller, interrupts: _bench(controller, options, cases))
 
 
@@ -54,12 +60,18 @@ def _bench(controller: Controller, options: argparse.Namespace, cases: list[str]
     plan, _ = load_plan_document(options.plan)
     settings = [parse_setting(name, controller.world.size) for name in options.compare.split(",")]
     model = options.model or str(shaped_model(options.shape, Path(options.folder)))
+    given = plan or Plan.default(controller.world.nodes)
+    plans = {setting.name: setting.over(given) for setting in settings}  # all are right before one is measured
     table: dict[str, list[Figure]] = {}
-    for setting in settings:
-        table[setting.name] = _measure(controller, options, cases, setting, plan, model)
+    for name, chosen in plans.items():
+        table[name] = _measure(controller, options, cases, chosen, model)
+    if options.peer:
+        table.update(_measure_peer(controller, options, cases, model))
     _print(table)
     if options.json:
         _write_json(Path(options.json), model, table)
+    if options.plot:
+        write_plot(Path(options.plot), Path(model).name, table)
     return 0
 
 
@@ -67,29 +79,42 @@ def _measure(
     controller: Controller,
     options: argparse.Namespace,
     cases: list[str],
-    setting: Setting,
-    given: Plan | None,
+    plan: Plan,
     model: str,
 ) -> list[Figure]:
-    plan = setting.plan or given or Plan.default(controller.world.nodes)
-    request = ModelRequest(model, plan, setting.dtype, options.threads)
+    request = ModelRequest(model, plan, threads=options.threads)
     measurement = Measurement(controller, request, plan, options.output_tokens)
     # Measured with this rank's threads: comparable to a plan whose ranks together use the same cores.
     limits: MachineLimits | None = measure_limits(torch.bfloat16) if controller.world.size == 1 else None
-    seconds = measurement.load_s
-    figures = [Figure("load", seconds, seconds, seconds, "s")]
+    figures = [measurement.load]
     figures += [measurement.case(case, options.repeats, limits) for case in cases]
     measurement.close()
     return figures
 
 
+def _measure_peer(
+    controller: Controller, options: argparse.Namespace, cases: list[str], model: str
+) -> dict[str, list[Figure]]:
+    """The peer on this host, after our last setting and with the threads of all its ranks here."""
+    if reason := missing_peer(options.peer):
+        notice(reason)
+        return {}
+    world = controller.world
+    here = [ready for ready in controller.ready.values() if ready.num_blocks and world.nodes[ready.rank] == 0]
+    known = [case for case in cases if case == "prefill" or case == "offline" or case in DECODES]
+    threads = sum(ready.threads for ready in here)
+    order = PeerOrder(model, known, options.repeats, options.output_tokens, threads)
+    return {f"{options.peer}, {threads} thread(s)": measure_peer(order, controller.advance)}
+
+
 def _print(table: dict[str, list[Figure]]) -> None:
     for name, figures in table.items():
-        print(f"{name}\n  {'case':12}{'median':>10}{'lowest':>10}{'highest':>10}  unit      of the limit")
+        print(f"{name}\n  {'case':12}{'median':>10}{'lowest':>10}{'highest':>10}  unit      peak MiB  of the limit")
         for figure in figures:
             share = "" if figure.share is None else f"{figure.share:.2f} of {figure.limit:.1f}"
             values = f"{figure.value:10.1f}{figure.lowest:10.1f}{figure.highest:10.1f}"
-            print(f"  {figure.case:12}{values}  {figure.unit:8}  {share}")
+            peak = "" if figure.peak_bytes is None else f"{figure.peak_bytes / 2**20:.0f}"
+            print(f"  {figure.case:12}{values}  {figure.unit:8}  {peak:>8}  {share}")
     sys.stdout.flush()
 
 

@@ -10,7 +10,8 @@ from lepton_dist.kernels.cpu import pointwise
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
     """Root mean square norm (arXiv:1910.07467): [..., dim] of any float dtype -> `dtype`; weight float32 [dim]."""
-    if x.dim() == 2 and x.dtype == torch.float32 and (library := pointwise.library_for(x)) is not None:
+    is_plain = x.dim() == 2 and x.dtype == torch.float32 and x.is_contiguous()
+    if is_plain and (library := pointwise.library_for(x)) is not None:
         return pointwise.rms_norm(library, x, None, weight, eps, dtype)
     return functional.rms_norm(x.float(), weight.shape, weight, eps).to(dtype)
 

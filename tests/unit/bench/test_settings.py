@@ -12,12 +12,13 @@ from lepton_dist.bench.workload import make_requests, offline_lengths
 from lepton_dist.errors import UsageError
 from lepton_dist.model.registry import read_model
 from lepton_dist.parallel.requirements import parameter_table
+from lepton_dist.plan.plan import Mesh, Plan, Precision
 from lepton_dist.storage.index import CheckpointIndex
 
 
 def test_a_mesh_smaller_than_the_job_uses_its_first_ranks() -> None:
     setting = parse_setting("dp2+tp2+fp32", 6)
-    assert setting.dtype == "float32"
+    assert setting.precision == Precision("float32", "float32", "float32")
     assert setting.plan is not None
     assert [replica.ranks for replica in setting.plan.replicas] == [(0, 1), (2, 3)]
     assert all(len(replica.stages) == 1 for replica in setting.plan.replicas)
@@ -28,6 +29,14 @@ def test_plain_is_rank_0_alone_and_plan_is_the_given_one() -> None:
     assert plain is not None
     assert plain.ranks == {0}
     assert parse_setting("plan+bf16", 4).plan is None
+
+
+def test_a_precision_goes_over_the_plans() -> None:
+    given = Plan(precision=Precision(weights="bfloat16", kv_cache="float32"), mesh=Mesh(tp=2))
+    plan = parse_setting("wire-int8", 2).over(given)
+    assert (plan.mesh, plan.precision) == (Mesh(tp=2), Precision("bfloat16", "float32", "int8"))
+    assert parse_setting("int8+bf16", 1).over(given).precision == Precision("int8", "bfloat16", "bfloat16")
+    assert parse_setting("pp2+wire-int8", 2).over(given).precision == Precision(wire="int8")
 
 
 @pytest.mark.parametrize(
