@@ -43,7 +43,9 @@ class _Settings:
         """The plan's precision, or int8 weights in its place, with `dtype` for what is not weights."""
         if not self.is_quantized:
             return planned
-        return replace(planned, weights="int8", kv_cache=self.dtype or planned.kv_cache, wire=self.dtype or planned.wire)
+        return replace(
+            planned, weights="int8", kv_cache=self.dtype or planned.kv_cache, wire=self.dtype or planned.wire
+        )
 
 
 class LeptonInference:

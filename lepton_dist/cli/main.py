@@ -21,6 +21,8 @@ COMMANDS = {
     "inspect": "show what each rank holds of a model under a plan, without starting MPI",
     "bench": "measure load, prefill, decode and an offline batch, against the limits of the machine",
     "profile": "measure the ranks and their links into a cluster file, for plans and predictions",
+    "plan": "find the best plan for a model, a cluster and a workload, without starting MPI",
+    "simulate": "what a workload would take under a plan on a profiled cluster, without MPI",
     "doctor": "check MPI, launcher, cores, shared memory, links and model files",
 }
 

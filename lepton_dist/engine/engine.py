@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from lepton_dist.engine.batch import RunBatch, make_batch, read_int32
 from lepton_dist.engine.kv_blocks import KvBlocks
 from lepton_dist.engine.request import Request, Sequence
 from lepton_dist.engine.runner import StepResult
-from lepton_dist.engine.scheduler import Chunk, Scheduler
+from lepton_dist.engine.scheduler import Chunk, Scheduler, StepCounts, count_work
 from lepton_dist.plan.plan import EngineLimits
 from lepton_dist.text.completion import Completion, RequestOutput, TokenLogprob
 
@@ -60,6 +60,8 @@ class Engine:
         self._progress: dict[str, _Progress] = {}
         self._in_flight: dict[int, list[Chunk]] = {}
         self._num_steps = self._num_arrivals = 0
+        self._fresh: set[str] = set()
+        self._begun: list[str] = []
 
     @property
     def has_work(self) -> bool:
@@ -77,14 +79,15 @@ class Engine:
         samples = range(request.sampling.n)
         scanners = {sample: self._make_scanner(stops) for sample in samples} if stops else {}
         self._progress[request.key] = _Progress(request, scanners)
+        self._fresh.add(request.key)
         is_long = self._long_after is not None and len(request.prompt) > self._long_after
         for sample in samples:
             self.scheduler.add(Sequence(request, sample, self._num_arrivals, is_long))
             self._num_arrivals += 1
 
-    def drop_waiting(self) -> list[str]:
-        """Give up the requests of which no sample has begun; returns their keys."""
-        dropped = self.scheduler.drop_waiting()
+    def drop_waiting(self, keys: Container[str] | None = None) -> list[str]:
+        """Give up the requests, of these or of all, of which no sample has begun; returns their keys."""
+        dropped = self.scheduler.drop_waiting(keys)
         counts: dict[str, int] = {}
         for sequence in dropped:
             counts[sequence.request.key] = counts.get(sequence.request.key, 0) + 1
@@ -94,13 +97,29 @@ class Engine:
                 self.scheduler.add(sequence)
         for key in whole:
             del self._progress[key]
+        self._fresh -= whole
         return sorted(whole)
+
+    def take_begun(self) -> list[str]:
+        """The requests that have begun since the last call."""
+        begun, self._begun = self._begun, []
+        return begun
+
+    def counts(self, step: int) -> StepCounts:
+        """What a step in flight asks for."""
+        return count_work(self._in_flight[step])
 
     def next_batch(self) -> RunBatch | None:
         """The next step's command, or None when nothing can run until a result comes back."""
         chunks = self.scheduler.schedule()
         if not chunks:
             return None
+        if self._fresh:
+            for chunk in chunks:
+                key = chunk.sequence.request.key
+                if key in self._fresh:
+                    self._fresh.remove(key)
+                    self._begun.append(key)
         batch = make_batch(self._num_steps, chunks)
         self._in_flight[self._num_steps] = chunks
         self._num_steps += 1

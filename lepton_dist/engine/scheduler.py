@@ -10,10 +10,24 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
+from collections.abc import Container
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lepton_dist.engine.kv_blocks import KvBlocks
 from lepton_dist.engine.request import Sequence
+
+
+class StepCounts(NamedTuple):
+    """What a batch asks for: tokens, rows that are sampled, sequences; and for attention the sum of context lengths
+    over sequences with one new token, and the number of (query, key) pairs over the others.
+    """
+
+    tokens: int
+    samples: int
+    sequences: int
+    decode_kv_tokens: int
+    prefill_pairs: int
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,20 @@ class Chunk:
         """Positions of the prompt whose following token is scored: the last one's successor is drawn, not given."""
         last = min(self.start + self.count, self.sequence.prompt_length - 1)
         return range(self.start, last if self.scores_prompt else self.start)
+
+
+def count_work(chunks: list[Chunk]) -> StepCounts:
+    """The counts of a batch."""
+    tokens = samples = decode_kv_tokens = prefill_pairs = 0
+    for chunk in chunks:
+        count = chunk.count
+        tokens += count
+        samples += chunk.samples
+        if count == 1:
+            decode_kv_tokens += chunk.start + 1
+        else:
+            prefill_pairs += count * chunk.start + count * (count + 1) // 2
+    return StepCounts(tokens, samples, len(chunks), decode_kv_tokens, prefill_pairs)
 
 
 class Scheduler:
@@ -96,11 +124,16 @@ class Scheduler:
             if chunk.samples:
                 chunk.sequence.is_in_flight = False
 
-    def drop_waiting(self) -> list[Sequence]:
-        """Take out the sequences that have not begun, and return them."""
-        fresh = [sequence for sequence in self._waiting if len(sequence.tokens) == sequence.prompt_length]
-        self._waiting = deque(sequence for sequence in self._waiting if len(sequence.tokens) > sequence.prompt_length)
-        return fresh
+    def drop_waiting(self, keys: Container[str] | None = None) -> list[Sequence]:
+        """Take out the sequences that have not begun, of these requests or of all, and return them."""
+        dropped: list[Sequence] = []
+        kept: deque[Sequence] = deque()
+        for sequence in self._waiting:
+            is_fresh = len(sequence.tokens) == sequence.prompt_length
+            is_meant = keys is None or sequence.request.key in keys
+            (dropped if is_fresh and is_meant else kept).append(sequence)
+        self._waiting = kept
+        return dropped
 
     def finish(self, sequence: Sequence) -> None:
         """A sequence is done: its blocks are free."""

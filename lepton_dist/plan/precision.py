@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from lepton_dist.plan.plan import Precision
 
-
 QUANTIZED = ("int8", "int4")
 """Kinds of weights that are rounded while they are loaded."""
 

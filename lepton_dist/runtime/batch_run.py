@@ -56,18 +56,20 @@ def run_batch(controller: Controller, interrupts: Interrupts, config: GenerateCo
             if journal.is_complete:
                 _summary(Progress(None, len(journal.done)), journal, "was complete already")
                 return EXIT_ROW_ERRORS if journal.error_rows else EXIT_DONE
-            open_model(controller, request, document)
             maker = _maker(blueprint, tokenizer, config, checkpoint)
             rows = read_rows(stream, is_text=is_text_path(config.input))
+            # While the ranks load, rows are read: the balancer wants to see many of them before it assigns the first.
             ahead = Ahead((row for row in rows if row.key not in journal.done), maker.prepare, PREPARE_AHEAD)
-            progress = Progress(count_rows(config.input), len(journal.done))
-            interrupts.is_orderly = True
             try:
-                run = BatchRun(controller, interrupts, journal, formatter, ahead, progress, config)
-                return run.to_end()
+                open_model(controller, request, document)
+                progress = Progress(count_rows(config.input), len(journal.done))
+                interrupts.is_orderly = True
+                try:
+                    return BatchRun(controller, interrupts, journal, formatter, ahead, progress, config).to_end()
+                finally:
+                    progress.close()
             finally:
                 ahead.stop()
-                progress.close()
 
 
 def _tokenizer(model: str) -> Tokenizer | None:
@@ -130,12 +132,13 @@ class BatchRun:
         return EXIT_ROW_ERRORS if self.journal.error_rows else EXIT_DONE
 
     def _feed(self) -> bool:
-        """Hand over what the replicas have credit for; False when the input is at its end."""
+        """Hand over what the balancer wants to see; False when the input is at its end."""
         while self.controller.wants_more and not self.interrupts.is_requested:
             item = self.ahead.take()
             if item is None:
                 break
             self._start(item)
+        self.controller.expect_more(not self.ahead.is_exhausted)
         return not self.ahead.is_exhausted
 
     def _start(self, item: Item) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
+
+import numpy as np
 
 from lepton_dist.comm.wait import Backoff
 from lepton_dist.comm.world import World
-from lepton_dist.coordinator.balancer import Balancer
+from lepton_dist.coordinator.dispatcher import Dispatcher, RanStep
 from lepton_dist.engine.request import Request
 from lepton_dist.errors import ConfigError, LeptonError, RankLostError, RequestError
 from lepton_dist.runtime.examine import EXAMINE_TIMEOUT_S
@@ -21,12 +22,14 @@ from lepton_dist.runtime.messages import (
     Examine,
     Examined,
     Finished,
+    Measured,
     Message,
     OpenSession,
     SessionClosed,
     SessionReady,
     SessionRefused,
     Shutdown,
+    TakeBack,
 )
 from lepton_dist.runtime.rank import CLOSE_TIMEOUT_S, Rank
 from lepton_dist.runtime.session import Blueprint
@@ -46,15 +49,15 @@ class Controller:
         self._rank = Rank(world, self._take, watchdog)
         self._backoff = Backoff()
         self._blueprint: Blueprint | None = None
-        self._balancer = Balancer([])
-        self._queue: deque[Request] = deque()
+        self._dispatcher = Dispatcher([])
         self._finished: list[tuple[str, RequestOutput]] = []
         self._refused: dict[int, SessionRefused] = {}
         self._closed: set[int] = set()
         self._examined: dict[int, RankFacts] = {}
 
     def open(self, blueprint: Blueprint, order: OpenSession, *, is_dynamic: bool = True) -> None:
-        """Open a session on every rank and wait until all have loaded; `is_dynamic` as in `Balancer`.
+        """Open a session on every rank and wait until all have loaded; without `is_dynamic` the replicas get
+        requests in turn, whatever the plan says.
 
         Raises:
             ConfigError: weights and KV cache do not fit the memory of a rank; every rank stays as it was.
@@ -71,19 +74,20 @@ class Controller:
             refused = self._refused[min(self._refused)]
             raise ConfigError(refused.message, key=refused.key)
         self._blueprint = blueprint
-        sequences = blueprint.limits.max_sequences
-        credit = [sequences + max(2, sequences // 2)] * len(blueprint.plan.replicas)
-        self._balancer = Balancer(credit, is_dynamic=is_dynamic)
+        slots = [blueprint.limits.max_sequences] * len(blueprint.plan.replicas)
+        self._dispatcher = Dispatcher(slots, blueprint.limits.balancer if is_dynamic else "round_robin")
 
-    def examine(self, model: str = "") -> list[RankFacts]:
+    def examine(self, model: str = "", *, measures: bool = False) -> list[RankFacts]:
         """What every rank finds out about its machine and its links, in rank order; no session need be open.
+
+        With `measures` it finds out how fast it computes, too.
 
         Raises:
             RankLostError: a rank did not answer in time.
         """
         self._examined.clear()
         for rank in range(self.world.size):
-            self._rank.send(rank, Examine(model))
+            self._rank.send(rank, Examine(model, measures))
         # Ranks that wait for a lost one give up after the same time, and know better who it is: let them speak first.
         timeout_s = 2 * EXAMINE_TIMEOUT_S
         self._wait(lambda: set(range(self.world.size)) - set(self._examined), timeout_s, "examining the machines")
@@ -96,13 +100,13 @@ class Controller:
 
     @property
     def wants_more(self) -> bool:
-        """Whether a submitted request would go straight to a replica."""
-        return not self._queue and self._balancer.has_credit
+        """Whether the balancer would look at more requests."""
+        return self._dispatcher.wants_more
 
     @property
     def num_outstanding(self) -> int:
         """Requests submitted and not finished."""
-        return len(self._queue) + self._balancer.num_outstanding
+        return self._dispatcher.num_outstanding
 
     def check(self, request: Request) -> None:
         """Whether a request can run here.
@@ -123,7 +127,11 @@ class Controller:
 
     def submit(self, request: Request) -> None:
         """Queue a request that `check` accepts."""
-        self._queue.append(request)
+        self._dispatcher.submit(request)
+
+    def expect_more(self, is_so: bool) -> None:
+        """Whether more requests will be submitted; while they are not, the balancer plans for the end."""
+        self._dispatcher.expect_more(is_so)
 
     def advance(self) -> list[tuple[str, RequestOutput]]:
         """Do what there is to do, or doze a little; returns what has finished since the last call.
@@ -140,15 +148,14 @@ class Controller:
         return finished
 
     def drain(self) -> None:
-        """Admit nothing more: drop the queue, and take back what no replica has begun."""
-        self._queue.clear()
+        """Admit nothing more: drop the backlog, and take back what no replica has begun."""
+        self._dispatcher.drain()
         for replica in self._require_open().plan.replicas:
             self._rank.send(replica.leader, Drain())
 
     def close(self) -> None:
         """Close the session on every rank; what is unfinished is given up."""
         blueprint = self._require_open()
-        self._queue.clear()
         self._closed.clear()
         leaders = {replica.leader for replica in blueprint.plan.replicas}
         for rank in range(self.world.size):
@@ -165,23 +172,27 @@ class Controller:
         self._rank.flush()
 
     def _assign(self) -> None:
-        while self._queue:
-            request = self._queue[0]
-            tokens = len(request.prompt) + request.sampling.max_tokens * request.sampling.n
-            replica = self._balancer.assign(request.key, tokens)
-            if replica is None:
-                return
-            self._queue.popleft()
-            self._rank.send(self._require_open().plan.replicas[replica].leader, Assign([request]))
+        if self._blueprint is None:
+            return
+        replicas = self._blueprint.plan.replicas
+        given, taken = self._dispatcher.decide()
+        for replica, requests in given.items():
+            self._rank.send(replicas[replica].leader, Assign(requests))
+        for replica, keys in taken:
+            self._rank.send(replicas[replica].leader, TakeBack(keys))
 
     def _take(self, message: Message) -> None:
         """A message that only rank 0 gets."""
         if isinstance(message, Finished):
-            self._balancer.finished(message.key)
+            tokens = sum(len(completion.token_ids) for completion in message.output.completions)
+            self._dispatcher.finished(message.key, tokens)
             self._finished.append((message.key, message.output))
+        elif isinstance(message, Measured):
+            rows = np.frombuffer(message.steps).reshape(-1, 6).tolist()
+            steps = [RanStep(int(row[0]), int(row[1]), int(row[2]), row[5]) for row in rows]
+            self._dispatcher.ran(message.replica, message.begun, steps)
         elif isinstance(message, Dropped):
-            for key in message.keys:
-                self._balancer.finished(key)
+            self._dispatcher.dropped(message.replica, message.keys)
         elif isinstance(message, SessionReady):
             self.ready[message.rank] = message
         elif isinstance(message, SessionRefused):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable
 
 from lepton_dist.engine.batch import RunBatch
@@ -10,17 +11,21 @@ from lepton_dist.engine.engine import Engine
 from lepton_dist.engine.request import Request
 from lepton_dist.engine.runner import StageRunner, StepResult
 from lepton_dist.errors import RankLostError
-from lepton_dist.runtime.messages import CloseSession, Dropped, Finished, Message
+from lepton_dist.runtime.messages import CloseSession, Dropped, Finished, Measured, Message
+
+REPORT_EVERY_S = 0.1
 
 
 class Leader:
     """Drives one replica from its first rank.
 
-    `send` passes a message to a world rank; `describe_last` names the ranks whose result it waits for.
+    `replica` is its number; `send` passes a message to a world rank; `describe_last` names the ranks whose result it
+    waits for.
     """
 
     def __init__(
         self,
+        replica: int,
         engine: Engine,
         runner: StageRunner,
         followers: tuple[int, ...],
@@ -29,11 +34,15 @@ class Leader:
         send: Callable[[int, Message], None],
         describe_last: Callable[[], str],
     ) -> None:
+        self._replica = replica
         self._engine, self._runner, self._followers = engine, runner, followers
         self._num_stages, self._step_timeout_s = num_stages, step_timeout_s
         self._send, self._describe_last = send, describe_last
         self._last_progress_s = time.monotonic()
         self._is_closing = False
+        self._steps = array("d")
+        self._busy_since_s: float | None = None
+        self._reported_s = -REPORT_EVERY_S
 
     def assign(self, requests: list[Request]) -> None:
         """Queue requests."""
@@ -42,7 +51,11 @@ class Leader:
 
     def drain(self) -> None:
         """Give back what has not begun."""
-        self._send(0, Dropped(self._engine.drop_waiting()))
+        self._send(0, Dropped(self._replica, self._engine.drop_waiting()))
+
+    def take_back(self, keys: list[str]) -> None:
+        """Give back those of these requests that have not begun."""
+        self._send(0, Dropped(self._replica, self._engine.drop_waiting(set(keys))))
 
     def close(self) -> None:
         """Start no more steps; followers are told when those in flight are back."""
@@ -69,20 +82,38 @@ class Leader:
                 f"while stepping: no result within {self._step_timeout_s:g} s from {self._describe_last()}"
             )
         if self._is_closing or self._engine.num_in_flight >= self._num_stages or not self._engine.has_work:
+            if not self._engine.has_work:
+                self._busy_since_s = None
+                self._report()
             return False
         batch = self._engine.next_batch()
         if batch is None:
             return False
         if self._engine.num_in_flight == 1:
             self._last_progress_s = time.monotonic()
+            if self._busy_since_s is None:
+                self._busy_since_s = self._last_progress_s
         self._run(batch)
         return True
 
     def take(self, result: StepResult) -> None:
         """A step came back: report the requests that it finished."""
-        self._last_progress_s = time.monotonic()
+        now_s = time.monotonic()
+        since_s = self._last_progress_s if self._busy_since_s is None else self._busy_since_s
+        self._steps.extend((*self._engine.counts(result.step), now_s - since_s))
+        self._last_progress_s = self._busy_since_s = now_s
         for key, output in self._engine.apply(result):
             self._send(0, Finished(key, output))
+        self._report()
+
+    def _report(self) -> None:
+        """Tell rank 0 what has begun and come back, but not at every step."""
+        now_s = time.monotonic()
+        if not self._steps or now_s - self._reported_s < REPORT_EVERY_S:
+            return
+        self._send(0, Measured(self._replica, self._engine.take_begun(), self._steps.tobytes()))
+        self._steps = array("d")
+        self._reported_s = now_s
 
     def _run(self, batch: RunBatch) -> None:
         for rank in self._followers:

@@ -58,7 +58,7 @@ def draw_blueprint(world: World, request: ModelRequest, document: Document | Non
 def open_model(
     controller: Controller, request: ModelRequest, document: Document | None = None, *, is_dynamic: bool = True
 ) -> Blueprint:
-    """Open a session on every rank, and say what it holds; `is_dynamic` as in `Balancer`.
+    """Open a session on every rank, and say what it holds; `is_dynamic` as in `Controller.open`.
 
     Raises:
         CheckpointError, ConfigError: the model or the plan is wrong.

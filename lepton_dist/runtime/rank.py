@@ -26,6 +26,7 @@ from lepton_dist.runtime.messages import (
     SessionClosed,
     SessionRefused,
     Shutdown,
+    TakeBack,
 )
 from lepton_dist.runtime.session import Session, open_session
 from lepton_dist.runtime.watchdog import Watchdog
@@ -91,6 +92,8 @@ class Rank:
             self._require_leader().take(message)
         elif isinstance(message, Assign):
             self._require_leader().assign(message.requests)
+        elif isinstance(message, TakeBack):
+            self._require_leader().take_back(message.keys)
         elif isinstance(message, Drain):
             self._require_leader().drain()
         elif isinstance(message, OpenSession):
@@ -101,7 +104,7 @@ class Rank:
             else:
                 self._close_session()
         elif isinstance(message, Examine):
-            self.send(0, Examined(examine(self.world, message.model)))
+            self.send(0, Examined(examine(self.world, message.model, measures=message.measures)))
         elif isinstance(message, Shutdown):
             self.exit_code = message.code
         else:
@@ -157,7 +160,16 @@ class Rank:
         )
         followers = tuple(rank for rank in replica.ranks if rank != world.rank)
         timeout_s = blueprint.limits.step_timeout_s
-        return Leader(engine, session.runner, followers, len(replica.stages), timeout_s, self.send, describe_last)
+        return Leader(
+            session.seat.replica,
+            engine,
+            session.runner,
+            followers,
+            len(replica.stages),
+            timeout_s,
+            self.send,
+            describe_last,
+        )
 
     def _close_session(self) -> None:
         self._session = self._leader = None

@@ -93,9 +93,7 @@ def num_blocks(blueprint: Blueprint, geometry: KvGeometry, budget_bytes: int) ->
     return count
 
 
-def fitting_blocks(
-    blueprint: Blueprint, seat: Seat, dtypes: Dtypes, budget_bytes: int, host: str
-) -> int:
+def fitting_blocks(blueprint: Blueprint, seat: Seat, dtypes: Dtypes, budget_bytes: int, host: str) -> int:
     """`num_blocks` of a seat that has `budget_bytes` of memory on `host`, its weights included.
 
     Raises:

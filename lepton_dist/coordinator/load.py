@@ -1,0 +1,150 @@
+"""What one replica has been given, and how long that will take it. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lepton_dist.coordinator.prices import Demand, Prices, Steps
+from lepton_dist.coordinator.speed import Speed
+
+_CAUTIOUS_CREDIT = 4  # requests that a replica of unknown speed may hold: what has started cannot be taken back
+_RESUM_EVERY = 8  # reports
+
+
+class Doubt:
+    """How far predicted lengths are from true ones: the mean of abs(log(true / predicted)), learned."""
+
+    _WEIGHT = 1 / 64
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def learn(self, predicted: float, actual: float) -> None:
+        """A request had another length than predicted, or the same."""
+        error = abs(math.log(max(actual, 1.0) / max(predicted, 1.0)))
+        self.value += self._WEIGHT * (min(error, 2.0) - self.value)
+
+
+@dataclass(slots=True)
+class _Running:
+    demand: Demand
+    since: float  # the replica's `drawn` when it started
+
+
+class Load:
+    """One replica's requests: those queued at its leader, and those running.
+
+    `work_s` are the reference seconds of all that it still has to do, `seconds` those that it needs for it if its slots
+    stay full.
+
+    Args:
+        slots: sequences that it runs at once.
+        credit: requests that it may hold.
+        speed: reference seconds that it is thought to do in a second, until it is measured.
+        doubt: of the predicted lengths, shared by all replicas.
+    """
+
+    def __init__(self, slots: int, credit: int, speed: float | None, doubt: Doubt) -> None:
+        self.slots, self.speed = slots, Speed(speed or 1.0)
+        self.is_known = speed is not None
+        self.doubt = doubt
+        self.queued: dict[str, Demand] = {}
+        self.running: dict[str, _Running] = {}
+        self.asked: set[str] = set()
+        self.queued_s = self.running_s = self.work_s = self.seconds = 0.0
+        self._credit = credit
+        self._drawn = 0.0  # tokens drawn by each running sequence since the beginning, in the mean
+        self._num_reports = 0
+        self._prices: Prices | None = None  # those of the last sum
+
+    @property
+    def num_requests(self) -> int:
+        """Requests given and not finished."""
+        return len(self.queued) + len(self.running)
+
+    @property
+    def credit(self) -> int:
+        """Requests that it may hold; few while its speed is not known."""
+        return self._credit if self.is_known else min(self._credit, _CAUTIOUS_CREDIT)
+
+    @property
+    def has_credit(self) -> bool:
+        """Whether it may be given a request."""
+        return self.num_requests < self.credit
+
+    @property
+    def has_slot(self) -> bool:
+        """Whether a request would start at once."""
+        return self.num_requests < min(self.slots, self.credit)
+
+    def give(self, key: str, demand: Demand, prices: Prices) -> None:
+        """It is given a request."""
+        self.queued[key] = demand
+        self.queued_s += prices.work(demand, self.slots)
+        self._sum_up()
+
+    def started(self, key: str, prices: Prices) -> None:
+        """It has begun a request; a prompt counts as done from then on. Nothing happens when it has it no more."""
+        demand = self.queued.pop(key, None)
+        if demand is None:
+            return
+        self.asked.discard(key)
+        self._subtract_queued(prices.work(demand, self.slots))
+        self.running[key] = _Running(demand, self._drawn)
+        self.running_s += demand.output_tokens * prices.share(self.slots)
+        self._sum_up()
+
+    def take(self, key: str, prices: Prices) -> Demand:
+        """It has finished a request, or given it back.
+
+        Raises:
+            KeyError: it does not have it.
+        """
+        demand = self.queued.pop(key, None)
+        if demand is not None:
+            self.asked.discard(key)
+            self._subtract_queued(prices.work(demand, self.slots))
+            self._sum_up()
+            return demand
+        running = self.running.pop(key)
+        left = self._left(running) * prices.share(self.slots)
+        self.running_s = max(self.running_s - left, 0.0) if self.running else 0.0
+        self._sum_up()
+        return running.demand
+
+    def measured(self, steps: Steps, prices: Prices) -> None:
+        """It has run some steps."""
+        self.speed.measured(prices.steps(steps), steps.busy_s, steps.num_steps)
+        self.is_known = True
+        num_sequences = sum(running.demand.num_samples for running in self.running.values())
+        if num_sequences:
+            self._drawn += steps.samples / num_sequences
+        self._num_reports += 1
+        if self._num_reports % _RESUM_EVERY and prices is self._prices:
+            self.running_s = max(self.running_s - steps.samples * prices.share(self.slots), 0.0)
+            self._sum_up()
+        else:
+            self.reprice(prices)
+
+    def reprice(self, prices: Prices) -> None:
+        """Sum up anew what is left."""
+        self._prices = prices
+        self.queued_s = sum(prices.work(demand, self.slots) for demand in self.queued.values())
+        self.running_s = sum(map(self._left, self.running.values())) * prices.share(self.slots)
+        self._sum_up()
+
+    def _left(self, running: _Running) -> float:
+        """Tokens that a running request has yet to draw.
+
+        The longer one outlives its prediction, the longer it will go on, as lengths have heavy tails.
+        """
+        drawn = (self._drawn - running.since) * running.demand.num_samples
+        return max(running.demand.output_tokens - drawn, self.doubt.value * drawn)
+
+    def _sum_up(self) -> None:
+        self.work_s = self.queued_s + self.running_s
+        self.seconds = self.work_s / self.speed.value
+
+    def _subtract_queued(self, work_s: float) -> None:
+        self.queued_s = max(self.queued_s - work_s, 0.0) if self.queued else 0.0
