@@ -11,7 +11,7 @@ from lepton_dist.plan.plan import Replica, Stage
 
 _JOINED = (2, 3, 4)  # cells that one tensor-parallel group may span
 _ALL_WIDTHS_UP_TO = 4
-_FEW_NODES = 4
+_FEW_NODES, _FEW_RANKS = 4, 16  # a cluster so small has all its nodes put together in all ways
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ def layouts(cluster: Cluster, kinds: Sequence[int]) -> list[tuple[Pool, ...]]:
 
     nodes = list(by_node.values())
     apart = [tuple(same) for ranks in nodes for _, same in groupby(ordered(ranks), key=kinds.__getitem__)]
-    groupings = list(_partitions(nodes)) if len(nodes) <= _FEW_NODES else [[[ranks] for ranks in nodes]]
+    is_small = len(nodes) <= _FEW_NODES and len(kinds) <= _FEW_RANKS
+    groupings = list(_partitions(nodes)) if is_small else [[[ranks] for ranks in nodes]]
     cells = [[tuple(ordered(chain(*joined))) for joined in grouping] for grouping in groupings]
     return list(dict.fromkeys(_pools(some, kinds) for some in (*cells, apart)))
 

@@ -18,7 +18,8 @@ _SHOWN_AUDIT_LINES = 20
 class Span:
     """One step of a replica, or several on end: from `start_s` of the run, `seconds` long, `busy_s` of it in steps.
 
-    `tokens` are those that were generated; `predicted` are the terms of the profile, added up over the steps.
+    `tokens` are those that were generated; `predicted` are the terms of the profile, added up over the steps, and zeros
+    where there is none.
     """
 
     start_s: float
@@ -88,11 +89,12 @@ def _replica(index: int, replica: ReplicaRecord) -> dict[str, Any]:
         "steps": sum(span.num_steps for span in replica.spans),
         "tokens": sum(span.tokens for span in replica.spans),
         "measured_s": busy_s,
-        "predicted_s": sum(predicted),
+        "predicted_s": sum(predicted) or None,
         "errors": None if replica.errors is None else asdict(replica.errors),
         "terms": [
             {"term": term, "predicted_s": seconds, "measured_s": scale * value, "factor": factors.get(term, 1.0)}
             for term, seconds, value in zip(TERMS, predicted, learned, strict=True)
+            if sum(predicted)
         ],
     }
 
@@ -146,7 +148,7 @@ def _audit(rank: RankRecord, record: RunRecord) -> str:
 
 
 def report_text(report: dict[str, Any]) -> str:
-    """The report as a table for people, with the audit below it."""
+    """The report as a table for people, with the audit below it; no columns of predictions where there are none."""
     lines = [
         f"{'replica':>7}{'requests':>10}{'steps':>8}{'tokens':>9}{'measured':>11}{'predicted':>11}  error of a step"
     ]
@@ -155,14 +157,10 @@ def report_text(report: dict[str, Any]) -> str:
         told = "not measured" if errors is None else _errors_text(errors)
         lines.append(
             f"{row['replica']:>7}{row['requests']:>10}{row['steps']:>8}{row['tokens']:>9}"
-            f"{row['measured_s']:>9.2f} s{row['predicted_s']:>9.2f} s  {told}"
+            f"{row['measured_s']:>9.2f} s{_seconds(row['predicted_s']):>11}  {told}"
         )
-    lines += ["", f"{'term':<12}{'predicted':>11}{'measured':>11}   seconds of all replicas, measured as learned"]
-    for index, term in enumerate(TERMS):
-        predicted, measured = (
-            sum(row["terms"][index][key] for row in report["replicas"]) for key in ("predicted_s", "measured_s")
-        )
-        lines.append(f"{term:<12}{predicted:>9.2f} s{measured:>9.2f} s")
+    if any(row["terms"] for row in report["replicas"]):
+        lines += ["", *_term_lines(report)]
     expected = report["predicted_tokens_per_s"]
     against = "" if expected is None else f", {expected:.1f} predicted"
     lines += [
@@ -174,6 +172,21 @@ def report_text(report: dict[str, Any]) -> str:
     if len(audit) > _SHOWN_AUDIT_LINES:
         lines.append(f"... and {len(audit) - _SHOWN_AUDIT_LINES} more idle ranks: see the report's file")
     return "\n".join(lines)
+
+
+def _term_lines(report: dict[str, Any]) -> list[str]:
+    lines = [f"{'term':<12}{'predicted':>11}{'measured':>11}   seconds of all replicas, measured as learned"]
+    rows = [term for row in report["replicas"] for term in row["terms"]]
+    for name in TERMS:
+        predicted, measured = (
+            sum(row[key] for row in rows if row["term"] == name) for key in ("predicted_s", "measured_s")
+        )
+        lines.append(f"{name:<12}{predicted:>9.2f} s{measured:>9.2f} s")
+    return lines
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} s"
 
 
 def _errors_text(errors: dict[str, Any]) -> str:

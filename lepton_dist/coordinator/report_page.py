@@ -93,7 +93,7 @@ def _replicas(report: Mapping[str, Any]) -> str:
     for row in report["replicas"]:
         errors = row["errors"] or {}
         cells = [str(row[key]) for key in ("replica", "requests", "steps", "tokens")]
-        cells += [f"{row[key]:.2f}" for key in ("measured_s", "predicted_s")]
+        cells += ["-" if row[key] is None else f"{row[key]:.2f}" for key in ("measured_s", "predicted_s")]
         names = ("prior_median", "learned_median", "learned_p95")
         cells += [f"{100 * errors[name]:.1f} %" if name in errors else "-" for name in names]
         rows.append(cells)
@@ -107,7 +107,7 @@ def _terms(report: Mapping[str, Any]) -> str:
         for row in report["replicas"][:_MOST_ROWS]
         for term in row["terms"]
     ]
-    return _table(("term", "predicted s", "measured s, as learned", "factor"), rows)
+    return _table(("term", "predicted s", "measured s, as learned", "factor"), rows) if rows else ""
 
 
 def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:

@@ -10,10 +10,12 @@ from typing import Any
 from lepton_dist.config.generate import GenerateConfig
 from lepton_dist.config.sampling import SamplingParams
 from lepton_dist.errors import EXIT_DONE, EXIT_ROW_ERRORS, EXIT_STOPPED, RequestError
+from lepton_dist.plan.plan import Plan
 from lepton_dist.runtime.controller import Controller
 from lepton_dist.runtime.interrupts import Interrupts
 from lepton_dist.runtime.opening import ModelRequest, draw_blueprint, load_plan_document, open_model
 from lepton_dist.runtime.requests import Ahead, Item, Prepared, RequestMaker, checkpoint_sampling, refused
+from lepton_dist.runtime.run_report import write_report
 from lepton_dist.runtime.session import Blueprint
 from lepton_dist.storage.fingerprint import file_digest, model_fingerprint
 from lepton_dist.storage.journal import Journal
@@ -65,7 +67,8 @@ def run_batch(controller: Controller, interrupts: Interrupts, config: GenerateCo
                 progress = Progress(count_rows(config.input), len(journal.done))
                 interrupts.is_orderly = True
                 try:
-                    return BatchRun(controller, interrupts, journal, formatter, ahead, progress, config).to_end()
+                    run = BatchRun(controller, interrupts, journal, formatter, ahead, progress, config, blueprint.plan)
+                    return run.to_end()
                 finally:
                     progress.close()
             finally:
@@ -111,6 +114,7 @@ class BatchRun:
     ahead: Ahead
     progress: Progress
     config: GenerateConfig
+    plan: Plan
 
     def __post_init__(self) -> None:
         self._running: dict[str, tuple[PromptRow, SamplingParams]] = {}
@@ -125,6 +129,7 @@ class BatchRun:
                 return self._wind_down()
         self._sync()
         self.journal.complete()
+        self._report()
         rate = (
             f"{self._num_tokens} tokens in {self.progress.elapsed_s:.1f} s: {self.progress.tokens_per_s:.1f} tokens/s"
         )
@@ -182,6 +187,16 @@ class BatchRun:
         self._sync()
         _summary(self.progress, self.journal, "stopped early")
         return EXIT_STOPPED
+
+    def _report(self) -> None:
+        """Say how the ranks were used. The rows are safe: a report that cannot be written is worth a line."""
+        record = self.controller.recorder.record(self.plan, self.controller.world.hosts)
+        try:
+            told = write_report(Path(self.config.output), record)
+        except OSError as error:
+            told = f"the run's report could not be written: {error.strerror}"
+        if told:
+            self.progress.note(told)
 
     def _show(self, row: PromptRow, params: SamplingParams, output: RequestOutput) -> None:
         for completion in output.completions:

@@ -32,6 +32,7 @@ from lepton_dist.runtime.messages import (
     TakeBack,
 )
 from lepton_dist.runtime.rank import CLOSE_TIMEOUT_S, Rank
+from lepton_dist.runtime.recorder import Recorder
 from lepton_dist.runtime.session import Blueprint
 from lepton_dist.runtime.watchdog import Watchdog
 from lepton_dist.text.completion import RequestOutput
@@ -50,6 +51,7 @@ class Controller:
         self._backoff = Backoff()
         self._blueprint: Blueprint | None = None
         self._dispatcher = Dispatcher([])
+        self.recorder = Recorder(0)
         self._finished: list[tuple[str, RequestOutput]] = []
         self._refused: dict[int, SessionRefused] = {}
         self._closed: set[int] = set()
@@ -76,6 +78,7 @@ class Controller:
         self._blueprint = blueprint
         slots = [blueprint.limits.max_sequences] * len(blueprint.plan.replicas)
         self._dispatcher = Dispatcher(slots, blueprint.limits.balancer if is_dynamic else "round_robin")
+        self.recorder = Recorder(len(slots))
 
     def examine(self, model: str = "", *, measures: bool = False) -> list[RankFacts]:
         """What every rank finds out about its machine and its links, in rank order; no session need be open.
@@ -191,6 +194,7 @@ class Controller:
             rows = np.frombuffer(message.steps).reshape(-1, 6).tolist()
             steps = [RanStep(int(row[0]), int(row[1]), int(row[2]), row[5]) for row in rows]
             self._dispatcher.ran(message.replica, message.begun, steps)
+            self.recorder.ran(message.replica, len(message.begun), steps)
         elif isinstance(message, Dropped):
             self._dispatcher.dropped(message.replica, message.keys)
         elif isinstance(message, SessionReady):

@@ -102,14 +102,16 @@ class Leader:
         since_s = self._last_progress_s if self._busy_since_s is None else self._busy_since_s
         self._steps.extend((*self._engine.counts(result.step), now_s - since_s))
         self._last_progress_s = self._busy_since_s = now_s
-        for key, output in self._engine.apply(result):
+        finished = self._engine.apply(result)
+        # Before the last request is reported: rank 0 may be done with it.
+        self._report(is_last=not self._engine.has_work)
+        for key, output in finished:
             self._send(0, Finished(key, output))
-        self._report()
 
-    def _report(self) -> None:
+    def _report(self, *, is_last: bool = False) -> None:
         """Tell rank 0 what has begun and come back, but not at every step."""
         now_s = time.monotonic()
-        if not self._steps or now_s - self._reported_s < REPORT_EVERY_S:
+        if not self._steps or (now_s - self._reported_s < REPORT_EVERY_S and not is_last):
             return
         self._send(0, Measured(self._replica, self._engine.take_begun(), self._steps.tobytes()))
         self._steps = array("d")
