@@ -38,6 +38,48 @@ INLINE void write_y(const struct matmul_call *c, int64_t row, int64_t panel, con
     narrow(values, count, c->y, c->y_kind, at);
 }
 
+/* What tells the kinds apart: x is laid out in blocks of up to `rows` rows, `row_bytes` each, and a block is multiplied
+   with a panel of `panel_bytes`. */
+struct matmul_kind {
+    int64_t rows, row_bytes, panel_bytes;
+    void (*lay_out)(const struct matmul_call *c, int64_t from, int64_t count, void *block);
+    void (*multiply)(
+        const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, float *values
+    );
+};
+
+/* All rows with all panels. A chunk of rows at a time goes over the weights, each panel by one thread. 0, or 1 when there is
+   no memory. */
+static inline int matmul(const struct matmul_call *c, const struct matmul_kind *kind) {
+    const int64_t most = c->rows < CHUNK_ROWS ? c->rows : CHUNK_ROWS;
+    char *packed = scratch(most * kind->row_bytes);
+    if (packed == NULL) return 1;
+    for (int64_t from = 0; from < c->rows; from += CHUNK_ROWS) {
+        const int64_t rows = c->rows - from < CHUNK_ROWS ? c->rows - from : CHUNK_ROWS;
+        const int64_t blocks = (rows + kind->rows - 1) / kind->rows;
+#pragma omp parallel num_threads(c->threads)
+        {
+#pragma omp for schedule(static)
+            for (int64_t b = 0; b < blocks; b++) {
+                const int64_t first = b * kind->rows, left = rows - first;
+                kind->lay_out(c, from + first, left < kind->rows ? left : kind->rows, packed + first * kind->row_bytes);
+            }
+#pragma omp for schedule(dynamic, 2)
+            for (int64_t p = 0; p < num_panels(c->out); p++) {
+                const char *panel = (const char *)c->weights + p * kind->panel_bytes;
+                for (int64_t b = 0; b < blocks; b++) {
+                    const int64_t first = b * kind->rows, left = rows - first;
+                    const int64_t count = left < kind->rows ? left : kind->rows;
+                    float values[6 * PANEL] __attribute__((aligned(64)));
+                    kind->multiply(c, packed + first * kind->row_bytes, count, panel, p, values);
+                    for (int64_t r = 0; r < count; r++) write_y(c, from + first + r, p, values + r * PANEL);
+                }
+            }
+        }
+    }
+    return 0;
+}
+
 /* Runs KERNEL(rows) for the number of rows left, a constant in each case, so that its loops unroll. */
 #define FOR_ROWS_UP_TO_6(left, KERNEL) \
     switch (left) { \

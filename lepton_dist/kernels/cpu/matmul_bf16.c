@@ -45,19 +45,22 @@ INLINE TARGET void multiply(const float *x, const uint16_t *panel, int64_t depth
         }
 }
 
-TARGET static void multiply_rows(const float *x, const uint16_t *panel, int64_t depth, float *sums, int rows) {
-#define KERNEL(n) multiply(x, panel, depth, sums, n, n == 1 ? 6 : n == 2 ? 3 : n == 3 ? 2 : 1)
-    FOR_ROWS_UP_TO_6(rows, KERNEL)
+static TARGET void multiply_rows(
+    const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, float *values
+) {
+    (void)number;
+#define KERNEL(n) multiply(block, panel, c->in, values, n, n == 1 ? 6 : n == 2 ? 3 : n == 3 ? 2 : 1)
+    FOR_ROWS_UP_TO_6(count, KERNEL)
 #undef KERNEL
 }
 
 /* Rows [from, from + count) of x as [in][count] floats. */
-static void TARGET lay_out(const struct matmul_call *c, int64_t from, int64_t count, float *block) {
+static TARGET void lay_out(const struct matmul_call *c, int64_t from, int64_t count, void *block) {
     float values[256];
     for (int64_t r = 0; r < count; r++)
         for (int64_t k0 = 0; k0 < c->in; k0 += 256) {
             const int64_t length = c->in - k0 < 256 ? c->in - k0 : 256;
-            float *to = block + k0 * count + r;
+            float *to = (float *)block + k0 * count + r;
             widen(c->x, c->x_kind, (from + r) * c->x_stride + k0, length, values);
             for (int64_t k = 0; k < length; k++) to[k * count] = values[k];
         }
@@ -65,33 +68,7 @@ static void TARGET lay_out(const struct matmul_call *c, int64_t from, int64_t co
 
 /* 0, or 1 when there is no memory. */
 int lepton_matmul_bf16(const struct matmul_call *c) {
-    const int64_t panels = num_panels(c->out), depth = c->in;
-    const int64_t most = c->rows < CHUNK_ROWS ? c->rows : CHUNK_ROWS;
-    float *packed = scratch(most * depth * 4); /* blocks of [in][6] */
-    if (packed == NULL) return 1;
-    for (int64_t from = 0; from < c->rows; from += CHUNK_ROWS) {
-        const int64_t rows = c->rows - from < CHUNK_ROWS ? c->rows - from : CHUNK_ROWS;
-        const int64_t blocks = (rows + ROWS - 1) / ROWS;
-#pragma omp parallel num_threads(c->threads)
-        {
-#pragma omp for schedule(static)
-            for (int64_t b = 0; b < blocks; b++) {
-                const int64_t count = rows - b * ROWS < ROWS ? rows - b * ROWS : ROWS;
-                lay_out(c, from + b * ROWS, count, packed + b * ROWS * depth);
-            }
-#pragma omp for schedule(dynamic, 2)
-            for (int64_t p = 0; p < panels; p++) {
-                const uint16_t *panel = (const uint16_t *)c->weights + p * depth * PANEL;
-                for (int64_t b = 0; b < blocks; b++) {
-                    const int64_t count = rows - b * ROWS < ROWS ? rows - b * ROWS : ROWS;
-                    float sums[ROWS * PANEL] __attribute__((aligned(64)));
-                    multiply_rows(packed + b * ROWS * depth, panel, depth, sums, (int)count);
-                    for (int64_t r = 0; r < count; r++) write_y(c, from + b * ROWS + r, p, sums + r * PANEL);
-                }
-            }
-        }
-    }
-    return 0;
+    return matmul(c, &(struct matmul_kind){ROWS, c->in * 4, c->in * PANEL * 2, lay_out, multiply_rows});
 }
 
 /* Eight steps of k of a panel: rows i and i + 8 side by side give words, whose 8 x 8 square is then turned over. */

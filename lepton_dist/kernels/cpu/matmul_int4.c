@@ -58,12 +58,16 @@ INLINE TARGET void multiply(const struct x_group *x, const uint8_t *panel, int64
         UNROLL for (int half = 0; half < 2; half++) _mm256_storeu_ps(sums + r * PANEL + half * 8, sum[r * 2 + half]);
 }
 
-TARGET static void multiply_rows(const struct x_group *x, const uint8_t *panel, int64_t groups, float *sums, int rows) {
-    switch (rows) {
-    case 1: multiply(x, panel, groups, sums, 1); break;
-    case 2: multiply(x, panel, groups, sums, 2); break;
-    case 3: multiply(x, panel, groups, sums, 3); break;
-    default: multiply(x, panel, groups, sums, 4); break;
+static TARGET void multiply_rows(
+    const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, float *values
+) {
+    const int64_t groups = (c->in + GROUP - 1) / GROUP;
+    (void)number;
+    switch (count) {
+    case 1: multiply(block, panel, groups, values, 1); break;
+    case 2: multiply(block, panel, groups, values, 2); break;
+    case 3: multiply(block, panel, groups, values, 3); break;
+    default: multiply(block, panel, groups, values, 4); break;
     }
 }
 
@@ -78,12 +82,11 @@ INLINE void widen_group(const void *from, int64_t kind, int64_t at, int64_t leng
 }
 
 /* Round rows [from, from + count) of x to [groups][count]. */
-static TARGET void round_rows(
-    const struct matmul_call *c, int64_t from, int64_t count, int64_t groups, struct x_group *block
-) {
+static TARGET void round_rows(const struct matmul_call *c, int64_t from, int64_t count, void *block) {
+    const int64_t groups = (c->in + GROUP - 1) / GROUP;
     for (int64_t r = 0; r < count; r++)
         for (int64_t g = 0; g < groups; g++) {
-            struct x_group *to = block + g * count + r;
+            struct x_group *to = (struct x_group *)block + g * count + r;
             float values[GROUP];
             widen_group(c->x, c->x_kind, (from + r) * c->x_stride + g * GROUP, c->in - g * GROUP, values);
             const float highest = largest_magnitude(values, GROUP), inverse = highest > 0 ? 127.0f / highest : 0;
@@ -100,33 +103,8 @@ static TARGET void round_rows(
 
 /* 0, or 1 when there is no memory. */
 int lepton_matmul_int4(const struct matmul_call *c) {
-    const int64_t panels = num_panels(c->out), groups = (c->in + GROUP - 1) / GROUP;
-    const int64_t most = c->rows < CHUNK_ROWS ? c->rows : CHUNK_ROWS;
-    struct x_group *packed = scratch(most * groups * (int64_t)sizeof *packed);
-    if (packed == NULL) return 1;
-    for (int64_t from = 0; from < c->rows; from += CHUNK_ROWS) {
-        const int64_t rows = c->rows - from < CHUNK_ROWS ? c->rows - from : CHUNK_ROWS;
-        const int64_t blocks = (rows + ROWS - 1) / ROWS;
-#pragma omp parallel num_threads(c->threads)
-        {
-#pragma omp for schedule(static)
-            for (int64_t b = 0; b < blocks; b++) {
-                const int64_t count = rows - b * ROWS < ROWS ? rows - b * ROWS : ROWS;
-                round_rows(c, from + b * ROWS, count, groups, packed + b * ROWS * groups);
-            }
-#pragma omp for schedule(dynamic, 2)
-            for (int64_t p = 0; p < panels; p++) {
-                const uint8_t *panel = (const uint8_t *)c->weights + p * groups * GROUP_BYTES;
-                for (int64_t b = 0; b < blocks; b++) {
-                    const int64_t count = rows - b * ROWS < ROWS ? rows - b * ROWS : ROWS;
-                    float sums[ROWS * PANEL] __attribute__((aligned(64)));
-                    multiply_rows(packed + b * ROWS * groups, panel, groups, sums, (int)count);
-                    for (int64_t r = 0; r < count; r++) write_y(c, from + b * ROWS + r, p, sums + r * PANEL);
-                }
-            }
-        }
-    }
-    return 0;
+    const int64_t groups = (c->in + GROUP - 1) / GROUP, row_bytes = groups * (int64_t)sizeof(struct x_group);
+    return matmul(c, &(struct matmul_kind){ROWS, row_bytes, groups * GROUP_BYTES, round_rows, multiply_rows});
 }
 
 /* One group of one output feature: the value of the largest magnitude goes to -8, so that all 16 steps are used. */

@@ -7,7 +7,6 @@
  */
 #if defined(__x86_64__)
 #include "matmul.h"
-#include <omp.h>
 
 #define ROWS 6
 
@@ -56,68 +55,52 @@ INLINE TARGET void multiply(const int16_t *x, const int8_t *panel, int64_t pairs
         }
 }
 
-TARGET static void multiply_rows(const int16_t *x, const int8_t *panel, int64_t pairs, int32_t *sums, int rows) {
-#define KERNEL(n) multiply(x, panel, pairs, sums, n, n == 1 ? 6 : n == 2 ? 3 : n == 3 ? 2 : 1)
-    FOR_ROWS_UP_TO_6(rows, KERNEL)
+/* A block: [pairs][count][2] rounded values of x, then the scales of its rows. */
+static TARGET void multiply_rows(
+    const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, float *values
+) {
+    const int64_t pairs = (c->in + 1) / 2;
+    const float *row_scales = (const float *)block + pairs * count, *scales = (const float *)c->scales + number * PANEL;
+    int32_t sums[ROWS * PANEL] __attribute__((aligned(64)));
+#define KERNEL(n) multiply(block, panel, pairs, sums, n, n == 1 ? 6 : n == 2 ? 3 : n == 3 ? 2 : 1)
+    FOR_ROWS_UP_TO_6(count, KERNEL)
 #undef KERNEL
+    for (int64_t r = 0; r < count; r++)
+        for (int64_t i = 0; i < PANEL; i++)
+            values[r * PANEL + i] = (float)sums[r * PANEL + i] * row_scales[r] * scales[i];
 }
 
-/* Round rows [from, from + count) of x to [pairs][count][2]; their scales go to `scales`. `values` holds a row. */
-static TARGET void round_rows(
-    const struct matmul_call *c, int64_t from, int64_t count, int16_t *block, float *scales, float *values
-) {
+static TARGET void round_rows(const struct matmul_call *c, int64_t from, int64_t count, void *block) {
+    const int64_t pairs = (c->in + 1) / 2;
     const float limit = largest(c->in);
+    float *row_scales = (float *)block + pairs * count, values[256];
     for (int64_t r = 0; r < count; r++) {
-        widen(c->x, c->x_kind, (from + r) * c->x_stride, c->in, values);
-        const float highest = largest_magnitude(values, c->in), inverse = highest > 0 ? limit / highest : 0;
-        scales[r] = highest / limit;
-        if (c->in % 2) values[c->in] = 0;
-        for (int64_t pair = 0; pair < (c->in + 1) / 2; pair++) {
-            int16_t *to = block + (pair * count + r) * 2;
-            to[0] = (int16_t)lrintf(values[2 * pair] * inverse);
-            to[1] = (int16_t)lrintf(values[2 * pair + 1] * inverse);
+        const int64_t at = (from + r) * c->x_stride;
+        float highest = 0;
+        for (int64_t k0 = 0; k0 < c->in; k0 += 256) {
+            const int64_t length = c->in - k0 < 256 ? c->in - k0 : 256;
+            widen(c->x, c->x_kind, at + k0, length, values);
+            highest = fmaxf(highest, largest_magnitude(values, length));
+        }
+        const float inverse = highest > 0 ? limit / highest : 0;
+        row_scales[r] = highest / limit;
+        for (int64_t k0 = 0; k0 < c->in; k0 += 256) {
+            const int64_t length = c->in - k0 < 256 ? c->in - k0 : 256;
+            widen(c->x, c->x_kind, at + k0, length, values);
+            if (length % 2) values[length] = 0;
+            for (int64_t k = 0; k < length; k += 2) {
+                int16_t *to = (int16_t *)block + ((k0 + k) / 2 * count + r) * 2;
+                to[0] = (int16_t)lrintf(values[k] * inverse);
+                to[1] = (int16_t)lrintf(values[k + 1] * inverse);
+            }
         }
     }
 }
 
 /* scales float32 [out]. 0, or 1 when there is no memory. */
 int lepton_matmul_int8(const struct matmul_call *c) {
-    const int64_t panels = num_panels(c->out), pairs = (c->in + 1) / 2;
-    const int64_t most = c->rows < CHUNK_ROWS ? c->rows : CHUNK_ROWS;
-    float *row_scales = scratch((CHUNK_ROWS + most * pairs + c->threads * pairs * 2) * 4);
-    if (row_scales == NULL) return 1;
-    int16_t *packed = (int16_t *)(row_scales + CHUNK_ROWS);
-    float *values = row_scales + CHUNK_ROWS + most * pairs; /* a row for each thread */
-    const float *scales = c->scales;
-    for (int64_t from = 0; from < c->rows; from += CHUNK_ROWS) {
-        const int64_t rows = c->rows - from < CHUNK_ROWS ? c->rows - from : CHUNK_ROWS;
-        const int64_t blocks = (rows + ROWS - 1) / ROWS;
-#pragma omp parallel num_threads(c->threads)
-        {
-#pragma omp for schedule(static)
-            for (int64_t b = 0; b < blocks; b++) {
-                const int64_t count = rows - b * ROWS < ROWS ? rows - b * ROWS : ROWS;
-                float *own = values + omp_get_thread_num() * pairs * 2;
-                round_rows(c, from + b * ROWS, count, packed + b * ROWS * pairs * 2, row_scales + b * ROWS, own);
-            }
-#pragma omp for schedule(dynamic, 2)
-            for (int64_t p = 0; p < panels; p++) {
-                const int8_t *panel = (const int8_t *)c->weights + p * pairs * 2 * PANEL;
-                for (int64_t b = 0; b < blocks; b++) {
-                    const int64_t count = rows - b * ROWS < ROWS ? rows - b * ROWS : ROWS;
-                    int32_t sums[ROWS * PANEL] __attribute__((aligned(64)));
-                    multiply_rows(packed + b * ROWS * pairs * 2, panel, pairs, sums, (int)count);
-                    for (int64_t r = 0; r < count; r++) {
-                        float values[PANEL];
-                        for (int i = 0; i < PANEL; i++)
-                            values[i] = (float)sums[r * PANEL + i] * row_scales[b * ROWS + r] * scales[p * PANEL + i];
-                        write_y(c, from + b * ROWS + r, p, values);
-                    }
-                }
-            }
-        }
-    }
-    return 0;
+    const int64_t padded = c->in + c->in % 2;
+    return matmul(c, &(struct matmul_kind){ROWS, padded * 2 + 4, padded * PANEL, round_rows, multiply_rows});
 }
 
 /* The row that begins at index `at`, zeros when that is negative, to every 16th pair of `to`; returns its scale. */
