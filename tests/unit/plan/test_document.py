@@ -93,7 +93,7 @@ MISTAKES: dict[str, tuple[str, int, str, list[str]]] = {
     "not a mapping": ("- mesh", 1, "", ["mapping", "list"]),
     "nothing": ("engine: {max_sequences: 2}", 1, "", ["mesh", "replicas"]),
     "both forms": ("mesh: {tp: 1}\nreplicas: [{stages: [{ranks: [0]}]}]", 2, "replicas", ["not both"]),
-    "mesh auto": ("mesh: auto", 1, "mesh", ["planner"]),
+    "mesh auto": ("mesh: auto", 1, "mesh", ["lepton-dist plan"]),
     "unknown key": ("mesh: {tp: 1}\nmash: {}", 2, "mash", ["mesh", "replicas", "engine"]),
     "unknown mesh key": ("mesh:\n  tp: 1\n  ep: 2", 3, "mesh.ep", ["dp, pp, tp"]),
     "mesh of zero": ("mesh:\n  tp: 0", 2, "mesh.tp", ["at least 1", "0"]),
