@@ -51,7 +51,9 @@ def plan_from_document(document: Document) -> Plan:
     if "mesh" in values and "replicas" in values:
         raise document.error("replicas", "give either `mesh` or `replicas`, not both")
     if values.get("mesh") == "auto":
-        raise document.error("mesh", "`auto` is not supported: write dp, pp and tp, or take a plan of `lepton-dist plan`")
+        raise document.error(
+            "mesh", "`auto` is not supported: write dp, pp and tp, or take a plan of `lepton-dist plan`"
+        )
     if "mesh" not in values and "replicas" not in values:
         raise document.error("", "needs `mesh: {dp, pp, tp}` or `replicas: [...]`")
     return Plan(
