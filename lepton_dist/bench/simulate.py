@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from lepton_dist.bench.plot import check_plotting
 from lepton_dist.coordinator.cluster import Cluster
 from lepton_dist.coordinator.cluster_document import read_cluster
 from lepton_dist.coordinator.cost_model import CostModel
@@ -49,16 +48,6 @@ class Simulation:
                 except OSError as error:
                     raise UsageError(f"{decisions}: cannot be written: {error.strerror}") from None
             return Simulator(self.plan, self.costs, self.num_blocks, write=write).run(self.workload)
-
-
-def check_outputs(plot: str | None) -> None:
-    """Refuse before anything is simulated.
-
-    Raises:
-        UsageError: a picture is wanted, and matplotlib is not installed.
-    """
-    if plot:
-        check_plotting()
 
 
 def load_simulation(model: str, cluster: str, plan: str, workload: str, dtype: str | None) -> Simulation:
@@ -123,7 +112,7 @@ def write_picture(path: str, plan: Plan, result: Simulated) -> None:
     Raises:
         UsageError: the file cannot be written.
     """
-    from matplotlib.figure import Figure  # an optional extra; `check_outputs` has been asked
+    from matplotlib.figure import Figure  # an optional extra; `check_plotting` has been asked
 
     rows = sorted(result.lanes)
     picture = Figure(figsize=(9.0, max(2.0, min(0.2 * len(rows) + 1.0, 30.0))), layout="constrained")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from lepton_dist.bench.simulate import check_outputs, load_simulation, summary, write_picture, write_trace
+from lepton_dist.bench.plot import check_plotting
+from lepton_dist.bench.simulate import load_simulation, summary, write_picture, write_trace
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,8 @@ def run_command(options: argparse.Namespace) -> int:
     Raises:
         UsageError: an input is wrong, or an output cannot be written.
     """
-    check_outputs(options.plot)
+    if options.plot:
+        check_plotting()
     simulation = load_simulation(options.model, options.cluster, options.plan, options.workload, options.dtype)
     result = simulation.run(options.decisions)
     print(summary(simulation.plan, result))

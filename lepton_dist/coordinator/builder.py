@@ -9,7 +9,8 @@ from lepton_dist.coordinator.cost_model import CostModel
 from lepton_dist.coordinator.partition import LayerCost, choose_shares, divide_layers
 from lepton_dist.coordinator.pools import Pool, Seating, Shape, as_replica
 from lepton_dist.coordinator.pricing import Target, request_s
-from lepton_dist.coordinator.stage_cost import StageCost, StepWork
+from lepton_dist.coordinator.stage_cost import StageCost
+from lepton_dist.engine.work import StepWork
 from lepton_dist.plan.axes import shard_axes
 from lepton_dist.plan.placement import Seat
 from lepton_dist.plan.plan import Plan, Replica

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from lepton_dist.coordinator.cluster import Cluster
 from lepton_dist.coordinator.least_squares import FactorLearner
-from lepton_dist.coordinator.stage_cost import TERMS, ModelCost, StageCost, StepWork, Terms
+from lepton_dist.coordinator.stage_cost import TERMS, ModelCost, StageCost, Terms
+from lepton_dist.engine.work import StepWork, chunk_pairs
 from lepton_dist.plan.axes import ModelShape
 from lepton_dist.plan.placement import Seat, seats
 from lepton_dist.plan.plan import Plan
@@ -214,11 +215,6 @@ class CostModel:
             )
             total += self.predict(replica, both, in_flight) - beside_s
         return total
-
-
-def chunk_pairs(start: int, count: int) -> int:
-    """(query, key) pairs of a chunk of `count` tokens behind `start` others: each token sees itself and all before."""
-    return count * start + count * (count + 1) // 2
 
 
 def _replica_cost(

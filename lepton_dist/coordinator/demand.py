@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from lepton_dist.coordinator.cost_model import chunk_pairs
-from lepton_dist.coordinator.stage_cost import StepWork
 from lepton_dist.coordinator.workload import RequestLengths
+from lepton_dist.engine.work import StepWork, chunk_pairs
 from lepton_dist.errors import ConfigError
 from lepton_dist.plan.plan import EngineLimits
 

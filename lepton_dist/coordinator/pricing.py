@@ -11,7 +11,8 @@ from lepton_dist.coordinator.cluster import Cluster
 from lepton_dist.coordinator.cost_model import CostModel, ReplicaCost
 from lepton_dist.coordinator.demand import Demand
 from lepton_dist.coordinator.simulator import Simulator
-from lepton_dist.coordinator.stage_cost import ModelCost, StepWork
+from lepton_dist.coordinator.stage_cost import ModelCost
+from lepton_dist.engine.work import StepWork
 from lepton_dist.plan.plan import EngineLimits, Plan, Replica
 
 # Part of a rank's memory that a plan leaves free: for activations, messages, and what else lives on the node.

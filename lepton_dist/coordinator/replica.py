@@ -5,11 +5,11 @@ from __future__ import annotations
 from lepton_dist.coordinator.cost_model import ReplicaCost
 from lepton_dist.coordinator.dispatcher import RanStep
 from lepton_dist.coordinator.events import Result
-from lepton_dist.coordinator.stage_cost import StepWork
 from lepton_dist.coordinator.timeline import Lane
 from lepton_dist.engine.kv_blocks import KvBlocks
 from lepton_dist.engine.request import Request, Sequence
-from lepton_dist.engine.scheduler import Chunk, Scheduler, count_work
+from lepton_dist.engine.scheduler import Chunk, Scheduler
+from lepton_dist.engine.work import StepWork, count_work
 from lepton_dist.plan.plan import EngineLimits
 
 
@@ -69,7 +69,7 @@ class SimulatedReplica:
         if self._num_in_flight == 0:
             self._last_result_s = max(self._last_result_s, now_s)
         self._num_in_flight += 1
-        work = StepWork(*count_work(chunks))
+        work = count_work(chunks)
         num_steps = self._steps_alike(chunks) if self._jumps else 1
         if num_steps > 1:
             # Attention grows by a token a sequence and step: the middle step costs the mean.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lepton_dist.coordinator.cluster import Cluster, RankProfile
+from lepton_dist.engine.work import StepWork
 from lepton_dist.model.parameters import matrix_kind
 from lepton_dist.plan.axes import Axis, ModelShape, span_size
 from lepton_dist.plan.placement import Seat
@@ -22,20 +23,6 @@ WIRE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.03125}
 _NORMS_A_LAYER = 2
 # `attention_bytes_per_s` is measured in bfloat16, with this many query heads for each KV head.
 _PROFILED_GROUP, _PROFILED_KV_BYTES = 4, 2.0
-
-
-class StepWork(NamedTuple):
-    """What one batch asks of every stage.
-
-    `tokens` are rows through the layers, `samples` rows through the head. `decode_kv_tokens` is the sum of the context
-    lengths of sequences with one new token, `prefill_pairs` that of (query, key) pairs over chunks of prompts.
-    """
-
-    tokens: int
-    samples: int
-    sequences: int
-    decode_kv_tokens: int = 0
-    prefill_pairs: int = 0
 
 
 class Terms(NamedTuple):

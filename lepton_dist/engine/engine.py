@@ -11,7 +11,8 @@ from lepton_dist.engine.batch import RunBatch, make_batch, read_int32
 from lepton_dist.engine.kv_blocks import KvBlocks
 from lepton_dist.engine.request import Request, Sequence
 from lepton_dist.engine.runner import StepResult
-from lepton_dist.engine.scheduler import Chunk, Scheduler, StepCounts, count_work
+from lepton_dist.engine.scheduler import Chunk, Scheduler
+from lepton_dist.engine.work import StepWork, count_work
 from lepton_dist.plan.plan import EngineLimits
 from lepton_dist.text.completion import Completion, RequestOutput, TokenLogprob
 
@@ -105,7 +106,7 @@ class Engine:
         begun, self._begun = self._begun, []
         return begun
 
-    def counts(self, step: int) -> StepCounts:
+    def counts(self, step: int) -> StepWork:
         """What a step in flight asks for."""
         return count_work(self._in_flight[step])
 

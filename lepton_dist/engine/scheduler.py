@@ -12,22 +12,9 @@ import bisect
 from collections import deque
 from collections.abc import Container
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from lepton_dist.engine.kv_blocks import KvBlocks
 from lepton_dist.engine.request import Sequence
-
-
-class StepCounts(NamedTuple):
-    """What a batch asks for: tokens, rows that are sampled, sequences; and for attention the sum of context lengths
-    over sequences with one new token, and the number of (query, key) pairs over the others.
-    """
-
-    tokens: int
-    samples: int
-    sequences: int
-    decode_kv_tokens: int
-    prefill_pairs: int
 
 
 @dataclass(frozen=True)
@@ -49,20 +36,6 @@ class Chunk:
         """Positions of the prompt whose following token is scored: the last one's successor is drawn, not given."""
         last = min(self.start + self.count, self.sequence.prompt_length - 1)
         return range(self.start, last if self.scores_prompt else self.start)
-
-
-def count_work(chunks: list[Chunk]) -> StepCounts:
-    """The counts of a batch."""
-    tokens = samples = decode_kv_tokens = prefill_pairs = 0
-    for chunk in chunks:
-        count = chunk.count
-        tokens += count
-        samples += chunk.samples
-        if count == 1:
-            decode_kv_tokens += chunk.start + 1
-        else:
-            prefill_pairs += count * chunk.start + count * (count + 1) // 2
-    return StepCounts(tokens, samples, len(chunks), decode_kv_tokens, prefill_pairs)
 
 
 class Scheduler:

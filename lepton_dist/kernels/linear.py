@@ -10,9 +10,7 @@ from torch.nn import functional
 from lepton_dist.kernels.cpu.matmul import PanelWeight, panel_bytes
 from lepton_dist.kernels.cpu.native import native_library
 from lepton_dist.kernels.quantized import RoundedWeight
-
-ROUNDED = ("int8", "int4")
-"""Kinds of weights that stand for the floats they were made of; see `quantized.py`."""
+from lepton_dist.plan.precision import QUANTIZED
 
 
 class Weight(Protocol):
@@ -60,7 +58,7 @@ def make_weight(weight: torch.Tensor, kind: str | None = None) -> Weight:
     `kind` names its dtype (by default its own), or ``int8`` or ``int4``, to which it is rounded.
     """
     has_own_kernels = weight.device.type == "cpu" and native_library() is not None
-    if kind is not None and kind in ROUNDED:
+    if kind is not None and kind in QUANTIZED:
         return PanelWeight(weight, kind) if has_own_kernels else RoundedWeight(weight, kind)
     if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
         # Supported means: with AVX-512. Below that torch's bfloat16 product is a reference loop.
@@ -73,7 +71,7 @@ def make_weight(weight: torch.Tensor, kind: str | None = None) -> Weight:
 
 def matrix_bytes(kind: str, out_features: int, in_features: int) -> int:
     """Bytes of a matrix [out, in] of a kind."""
-    if kind in ROUNDED:
+    if kind in QUANTIZED:
         return panel_bytes(kind, out_features, in_features)
     dtype: torch.dtype = getattr(torch, kind)
     return out_features * in_features * dtype.itemsize

@@ -102,7 +102,7 @@ class Dropped(msgspec.Struct, tag=True):
 class Measured(msgspec.Struct, tag=True):
     """To rank 0, every now and then: what a replica has begun, and the steps that have come back.
 
-    steps float64 [steps, 6]: the fields of `StepCounts`, and the seconds since the result before it (since
+    steps float64 [steps, 6]: the fields of `StepWork`, and the seconds since the result before it (since
     its start, when nothing ran then).
     """
 

@@ -15,9 +15,9 @@ from lepton_dist.coordinator.cluster import Cluster, Link, Matmul, RankProfile
 from lepton_dist.coordinator.cost_model import CostModel
 from lepton_dist.coordinator.decisions import replay
 from lepton_dist.coordinator.simulator import Simulated, Simulator, kv_blocks
-from lepton_dist.coordinator.stage_cost import StepWork
 from lepton_dist.coordinator.timeline import chrome_trace
 from lepton_dist.coordinator.workload import RequestLengths, read_workload
+from lepton_dist.engine.work import StepWork
 from lepton_dist.errors import ConfigError
 from lepton_dist.plan.axes import ModelShape
 from lepton_dist.plan.plan import EngineLimits, Plan, Replica, Stage
