@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from lepton_dist.kernels.cpu import paged, pointwise
+from lepton_dist.kernels.cpu.native import has_heads_side_by_side
 from lepton_dist.kernels.cpu.paged import PagedTasks
 
 
@@ -109,15 +110,11 @@ def write_cache(
 ) -> None:
     """Put key and value [tokens, kv_heads, head_dim] into slots [tokens] of the arenas, converting to their dtype."""
     library = pointwise.library_for(key, keys)
-    if library is not None and all(tensor.stride() == key.stride() for tensor in (key, value)) and _is_packed(key):
+    if library is not None and key.stride() == value.stride() and has_heads_side_by_side(key):
         pointwise.write_cache(library, keys, values, slots, key, value)
         return
     for arena, new in ((keys, key), (values, value)):
         arena[slots // arena.shape[2], :, slots % arena.shape[2]] = new.to(arena.dtype)
-
-
-def _is_packed(x: torch.Tensor) -> bool:
-    return x.stride(2) == 1 and x.stride(1) == x.shape[2]
 
 
 def paged_attention(

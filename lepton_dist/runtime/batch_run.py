@@ -10,7 +10,6 @@ from typing import Any
 from lepton_dist.config.generate import GenerateConfig
 from lepton_dist.config.sampling import SamplingParams
 from lepton_dist.errors import EXIT_DONE, EXIT_ROW_ERRORS, EXIT_STOPPED, RequestError
-from lepton_dist.plan.plan import Plan
 from lepton_dist.runtime.controller import Controller
 from lepton_dist.runtime.interrupts import Interrupts
 from lepton_dist.runtime.opening import ModelRequest, draw_blueprint, load_plan_document, open_model
@@ -67,8 +66,7 @@ def run_batch(controller: Controller, interrupts: Interrupts, config: GenerateCo
                 progress = Progress(count_rows(config.input), len(journal.done))
                 interrupts.is_orderly = True
                 try:
-                    run = BatchRun(controller, interrupts, journal, formatter, ahead, progress, config, blueprint.plan)
-                    return run.to_end()
+                    return BatchRun(controller, interrupts, journal, formatter, ahead, progress, config).to_end()
                 finally:
                     progress.close()
             finally:
@@ -114,7 +112,6 @@ class BatchRun:
     ahead: Ahead
     progress: Progress
     config: GenerateConfig
-    plan: Plan
 
     def __post_init__(self) -> None:
         self._running: dict[str, tuple[PromptRow, SamplingParams]] = {}
@@ -190,9 +187,8 @@ class BatchRun:
 
     def _report(self) -> None:
         """Say how the ranks were used. The rows are safe: a report that cannot be written is worth a line."""
-        record = self.controller.recorder.record(self.plan, self.controller.world.hosts)
         try:
-            told = write_report(Path(self.config.output), record)
+            told = write_report(Path(self.config.output), self.controller.recorder.record())
         except OSError as error:
             told = f"the run's report could not be written: {error.strerror}"
         if told:

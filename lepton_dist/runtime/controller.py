@@ -12,6 +12,7 @@ from lepton_dist.comm.world import World
 from lepton_dist.coordinator.dispatcher import Dispatcher, RanStep
 from lepton_dist.engine.request import Request
 from lepton_dist.errors import ConfigError, LeptonError, RankLostError, RequestError
+from lepton_dist.plan.plan import Plan
 from lepton_dist.runtime.examine import EXAMINE_TIMEOUT_S
 from lepton_dist.runtime.facts import RankFacts
 from lepton_dist.runtime.messages import (
@@ -51,7 +52,7 @@ class Controller:
         self._backoff = Backoff()
         self._blueprint: Blueprint | None = None
         self._dispatcher = Dispatcher([])
-        self.recorder = Recorder(0)
+        self.recorder = Recorder(Plan(), world.hosts)
         self._finished: list[tuple[str, RequestOutput]] = []
         self._refused: dict[int, SessionRefused] = {}
         self._closed: set[int] = set()
@@ -78,7 +79,7 @@ class Controller:
         self._blueprint = blueprint
         slots = [blueprint.limits.max_sequences] * len(blueprint.plan.replicas)
         self._dispatcher = Dispatcher(slots, blueprint.limits.balancer if is_dynamic else "round_robin")
-        self.recorder = Recorder(len(slots))
+        self.recorder = Recorder(blueprint.plan, self.world.hosts)
 
     def examine(self, model: str = "", *, measures: bool = False) -> list[RankFacts]:
         """What every rank finds out about its machine and its links, in rank order; no session need be open.

@@ -48,11 +48,12 @@ class _Track:
 
 
 class Recorder:
-    """One a session; its clock starts with it."""
+    """One a session; its clock starts with it. `hosts` are those of all ranks, spare ones included."""
 
-    def __init__(self, num_replicas: int) -> None:
+    def __init__(self, plan: Plan, hosts: Sequence[str]) -> None:
         self._start_s = time.monotonic()
-        self._tracks = [_Track() for _ in range(num_replicas)]
+        self._plan, self._hosts = plan, hosts
+        self._tracks = [_Track() for _ in plan.replicas]
 
     def ran(self, replica: int, num_begun: int, steps: Sequence[RanStep]) -> None:
         """A replica has just reported the requests that it has begun, and the steps that came back."""
@@ -61,15 +62,15 @@ class Recorder:
         if steps:
             track.add(steps, now_s)
 
-    def record(self, plan: Plan, hosts: Sequence[str]) -> RunRecord:
+    def record(self) -> RunRecord:
         """The run so far."""
         for track in self._tracks:
             track.close()
-        replica_of = {rank: index for index, replica in enumerate(plan.replicas) for rank in replica.ranks}
-        estimate = plan.estimate.get("tokens_per_s")
+        replica_of = {rank: index for index, replica in enumerate(self._plan.replicas) for rank in replica.ranks}
+        estimate = self._plan.estimate.get("tokens_per_s")
         return RunRecord(
             seconds=time.monotonic() - self._start_s,
             replicas=tuple(ReplicaRecord(tuple(track.spans), track.num_requests) for track in self._tracks),
-            ranks=tuple(RankRecord(rank, host, replica_of.get(rank)) for rank, host in enumerate(hosts)),
+            ranks=tuple(RankRecord(rank, host, replica_of.get(rank)) for rank, host in enumerate(self._hosts)),
             predicted_tokens_per_s=float(estimate) if isinstance(estimate, int | float) else None,
         )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from lepton_dist.kernels.cpu.native import KINDS, native_library
+from lepton_dist.kernels.cpu.native import KINDS, address, native_library
 
 _SYMBOLS = {"bfloat16": "bf16", "int8": "int8", "int4": "int4"}
 _PANEL = 16  # as in matmul.h
@@ -66,7 +66,7 @@ def panel_bytes(kind: str, out_features: int, in_features: int) -> int:
 def _pack_bf16(weight: torch.Tensor) -> tuple[torch.Tensor, None]:
     out_features, in_features = weight.shape
     panels = torch.empty(panel_bytes("bfloat16", out_features, in_features), dtype=torch.uint8)
-    _library().lepton_pack_bf16(_at(weight), *_sizes(weight), _at(panels), _threads())
+    _library().lepton_pack_bf16(address(weight), *_sizes(weight), address(panels), _threads())
     return panels, None
 
 
@@ -75,14 +75,14 @@ def _pack_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scales = torch.empty(-(-out_features // _PANEL) * _PANEL)
     panels = torch.empty(panel_bytes("int8", out_features, in_features) - scales.nbytes, dtype=torch.int8)
     kind = ctypes.c_int64(KINDS[weight.dtype])
-    _library().lepton_pack_int8(_at(weight), kind, *_sizes(weight), _at(panels), _at(scales), _threads())
+    _library().lepton_pack_int8(address(weight), kind, *_sizes(weight), address(panels), address(scales), _threads())
     return panels, scales
 
 
 def _pack_int4(weight: torch.Tensor) -> tuple[torch.Tensor, None]:
     panels = torch.empty(panel_bytes("int4", *weight.shape), dtype=torch.uint8)
     kind = ctypes.c_int64(KINDS[weight.dtype])
-    _library().lepton_pack_int4(_at(weight), kind, *_sizes(weight), _at(panels), _threads())
+    _library().lepton_pack_int4(address(weight), kind, *_sizes(weight), address(panels), _threads())
     return panels, None
 
 
@@ -98,10 +98,6 @@ def _library() -> ctypes.CDLL:
     if library is None:
         raise RuntimeError("the compiled kernels are not there: ask `native_library` first")
     return library
-
-
-def _at(tensor: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
 
 
 def _sizes(weight: torch.Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64]:

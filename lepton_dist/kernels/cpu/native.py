@@ -12,6 +12,16 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1}
 """The numbers by which the kernels know the dtypes of activations and caches."""
 
 
+def address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    """Where a tensor's values begin, as the kernels take it; NULL for none."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def has_heads_side_by_side(x: torch.Tensor) -> bool:
+    """Whether each row of x [tokens, heads, head_dim] is contiguous, whatever lies between rows."""
+    return x.stride(2) == 1 and x.stride(1) == x.shape[2]
+
+
 @cache
 def native_library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they were not built or do not fit this machine.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lepton_dist.kernels.cpu.native import KINDS, native_library
+from lepton_dist.kernels.cpu.native import KINDS, has_heads_side_by_side, native_library
 
 _WIDTH, _MAX_DIM, _MAX_ROWS = 8, 256, 32  # as in paged_attention.c
 
@@ -30,8 +30,7 @@ def can_attend(query: torch.Tensor, keys: torch.Tensor) -> bool:
         query.device.type == "cpu"
         and query.dtype in KINDS
         and keys.dtype in KINDS
-        and query.stride(2) == 1
-        and query.stride(1) == dim
+        and has_heads_side_by_side(query)
         and dim % _WIDTH == 0
         and dim <= _MAX_DIM
         and heads // keys.shape[1] <= _MAX_ROWS

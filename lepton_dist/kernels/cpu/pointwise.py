@@ -9,14 +9,10 @@ import ctypes
 
 import torch
 
-from lepton_dist.kernels.cpu.native import KINDS, native_library
+from lepton_dist.kernels.cpu.native import KINDS, address, has_heads_side_by_side, native_library
 
 _MAX_HALF = 256  # channels of half a head, as in pointwise.c
 _I = ctypes.c_int64
-
-
-def _at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def library_for(*tensors: torch.Tensor) -> ctypes.CDLL | None:
@@ -39,7 +35,15 @@ def rms_norm(
     rows, dim = hidden.shape
     kind, threads = _I(KINDS[dtype]), _I(torch.get_num_threads())
     library.lepton_rms_norm(
-        _at(hidden), _at(delta), _at(weight), _at(y), _I(rows), _I(dim), kind, ctypes.c_float(eps), threads
+        address(hidden),
+        address(delta),
+        address(weight),
+        address(y),
+        _I(rows),
+        _I(dim),
+        kind,
+        ctypes.c_float(eps),
+        threads,
     )
     return y
 
@@ -48,20 +52,24 @@ def gated_silu(library: ctypes.CDLL, x: torch.Tensor) -> torch.Tensor:
     """x [tokens, 2 ffn], contiguous -> silu(gate) * up [tokens, ffn]."""
     rows, ffn = x.shape[0], x.shape[1] // 2
     y = x.new_empty((rows, ffn))
-    library.lepton_gated_silu(_at(x), _at(y), _I(rows), _I(ffn), _I(KINDS[x.dtype]), _I(torch.get_num_threads()))
+    library.lepton_gated_silu(
+        address(x), address(y), _I(rows), _I(ffn), _I(KINDS[x.dtype]), _I(torch.get_num_threads())
+    )
     return y
 
 
 def can_rotate(x: torch.Tensor, half: int) -> bool:
     """Whether the heads of x [tokens, heads, head_dim] lie side by side and are short enough."""
-    return x.stride(2) == 1 and x.stride(1) == x.shape[2] and half <= _MAX_HALF
+    return has_heads_side_by_side(x) and half <= _MAX_HALF
 
 
 def rotate(library: ctypes.CDLL, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """Rotate x [tokens, heads, head_dim] in place; cos, sin float32 [tokens, 1, half], contiguous."""
     rows, heads, dim = x.shape
     sizes = (_I(rows), _I(heads), _I(dim), _I(cos.shape[-1]), _I(x.stride(0)))
-    library.lepton_rotate(_at(x), _at(cos), _at(sin), *sizes, _I(KINDS[x.dtype]), _I(torch.get_num_threads()))
+    library.lepton_rotate(
+        address(x), address(cos), address(sin), *sizes, _I(KINDS[x.dtype]), _I(torch.get_num_threads())
+    )
 
 
 def write_cache(
@@ -79,4 +87,6 @@ def write_cache(
     rows, heads, dim = key.shape
     sizes = (_I(rows), _I(heads), _I(dim), _I(keys.shape[2]), _I(key.stride(0)))
     kinds = (_I(KINDS[key.dtype]), _I(KINDS[keys.dtype]))
-    library.lepton_write_cache(_at(key), _at(value), _at(slots), _at(keys), _at(values), *sizes, *kinds)
+    library.lepton_write_cache(
+        address(key), address(value), address(slots), address(keys), address(values), *sizes, *kinds
+    )

@@ -30,11 +30,11 @@ def test_spans_hold_every_step_and_do_not_overlap(reports: list[tuple[int, float
     clock = Clock()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.time, "monotonic", clock.monotonic)
-        recorder = Recorder(2)
+        recorder = Recorder(PLAN, ("a", "b", "c"))
         for replica, pause_s, part, count in reports:
             clock.now_s += pause_s
             recorder.ran(replica, 1, [RanStep(3, 2, 2, pause_s * part / count)] * count)
-        record = recorder.record(PLAN, ("a", "b", "c"))
+        record = recorder.record()
     for index, replica in enumerate(record.replicas):
         mine = [report for report in reports if report[0] == index]
         assert sum(span.num_steps for span in replica.spans) == sum(report[3] for report in mine)
@@ -48,9 +48,9 @@ def test_spans_hold_every_step_and_do_not_overlap(reports: list[tuple[int, float
 
 
 def test_a_report_without_predictions_shows_none() -> None:
-    recorder = Recorder(2)
+    recorder = Recorder(PLAN, ("a", "b", "c"))
     recorder.ran(0, 1, [RanStep(3, 2, 2, 0.0)])
-    report = make_report(recorder.record(PLAN, ("a", "b", "c")))
+    report = make_report(recorder.record())
     assert report["predicted_tokens_per_s"] == 5 and report["replicas"][0]["predicted_s"] is None
     text = report_text(report)
     assert "term" not in text and "rank 2 on c was idle for the whole run: the plan leaves it out" in text
