@@ -8,6 +8,7 @@ believes that it is alone.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -83,6 +84,18 @@ def library_kind(version: str) -> str:
         if mark in version:
             return kind
     return "unknown"
+
+
+def library_defaults(launcher: Launcher, version: str) -> dict[str, str]:
+    """Variables that the MPI library should find when it starts, unless the user has set them.
+
+    `version` is what MPI_Get_library_version says. MPICH over UCX publishes each process's address as the 4,096 bytes
+    that start there, whatever they hold, in lines that srun's PMI cuts at 1,024 characters: whether a job starts
+    would depend on what else lies in memory. libfabric's addresses are a few bytes.
+    """
+    if launcher.kind == "slurm" and re.search(r"ch4:ucx\W+ofi", version):
+        return {"MPIR_CVAR_CH4_NETMOD": "ofi"}
+    return {}
 
 
 def _slurm_step(found: Mapping[str, str]) -> Launcher | None:

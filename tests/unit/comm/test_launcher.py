@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lepton_dist.comm.launcher import Launcher, library_kind, read_launcher
+from lepton_dist.comm.launcher import Launcher, library_defaults, library_kind, read_launcher
 
 HYDRA = {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
 OPENMPI = {
@@ -58,3 +58,12 @@ def test_descriptions() -> None:
 )
 def test_library_kind(version: str, wanted: str) -> None:
     assert library_kind(version) == wanted
+
+
+def test_only_the_mpich_wheel_under_srun_leaves_ucx() -> None:
+    wheel = "MPICH Version:      5.0.2\nMPICH Device:       ch4:ucx ofi\nMPICH CC:           cc\n"
+    srun, hydra = read_launcher(STEP), read_launcher(HYDRA)
+    assert library_defaults(srun, wheel) == {"MPIR_CVAR_CH4_NETMOD": "ofi"}
+    assert library_defaults(hydra, wheel) == {}
+    assert library_defaults(srun, wheel.replace("ch4:ucx ofi", "ch4:ucx")) == {}
+    assert library_defaults(srun, "Open MPI v5.0.11, package: Open MPI root@x") == {}
