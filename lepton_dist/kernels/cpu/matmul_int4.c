@@ -90,11 +90,11 @@ static TARGET void round_rows(const struct matmul_call *c, int64_t from, int64_t
             float values[GROUP];
             widen_group(c->x, c->x_kind, (from + r) * c->x_stride + g * GROUP, c->in - g * GROUP, values);
             const float highest = largest_magnitude(values, GROUP), inverse = highest > 0 ? 127.0f / highest : 0;
-            int32_t sum = 0;
+            int32_t rounded[GROUP], sum = 0;
+            round_all(values, inverse, GROUP, rounded);
             for (int64_t k = 0; k < GROUP; k++) {
-                const int32_t rounded = (int32_t)lrintf(values[k] * inverse);
-                to->values[k] = (int8_t)rounded;
-                sum += rounded;
+                to->values[k] = (int8_t)rounded[k];
+                sum += rounded[k];
             }
             to->scale = highest / 127.0f;
             to->offset = 8 * sum;
@@ -115,8 +115,9 @@ static TARGET void pack_group(const float *values, uint8_t *half, int64_t i) {
     const float scale = _cvtsh_ss(bits), inverse = scale != 0 ? 1.0f / scale : 0;
     memcpy(half + 4 * 32 + i * 2, &bits, 2);
     int32_t steps[GROUP];
+    round_all(values, inverse, GROUP, steps);
     for (int64_t k = 0; k < GROUP; k++) {
-        const int32_t step = (int32_t)lrintf(values[k] * inverse) + 8;
+        const int32_t step = steps[k] + 8;
         steps[k] = step < 0 ? 0 : step > 15 ? 15 : step;
     }
     for (int64_t q = 0; q < 4; q++)

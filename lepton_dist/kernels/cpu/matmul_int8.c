@@ -74,24 +74,25 @@ static TARGET void round_rows(const struct matmul_call *c, int64_t from, int64_t
     const int64_t pairs = (c->in + 1) / 2;
     const float limit = largest(c->in);
     float *row_scales = (float *)block + pairs * count, values[256];
+    int32_t rounded[256];
     for (int64_t r = 0; r < count; r++) {
         const int64_t at = (from + r) * c->x_stride;
         float highest = 0;
         for (int64_t k0 = 0; k0 < c->in; k0 += 256) {
             const int64_t length = c->in - k0 < 256 ? c->in - k0 : 256;
             widen(c->x, c->x_kind, at + k0, length, values);
-            highest = fmaxf(highest, largest_magnitude(values, length));
+            highest = larger(largest_magnitude(values, length), highest);
         }
         const float inverse = highest > 0 ? limit / highest : 0;
         row_scales[r] = highest / limit;
         for (int64_t k0 = 0; k0 < c->in; k0 += 256) {
             const int64_t length = c->in - k0 < 256 ? c->in - k0 : 256;
             widen(c->x, c->x_kind, at + k0, length, values);
-            if (length % 2) values[length] = 0;
+            memset(values + length, 0, (size_t)(256 - length) * 4);
+            round_all(values, inverse, 256, rounded);
             for (int64_t k = 0; k < length; k += 2) {
-                int16_t *to = (int16_t *)block + ((k0 + k) / 2 * count + r) * 2;
-                to[0] = (int16_t)lrintf(values[k] * inverse);
-                to[1] = (int16_t)lrintf(values[k + 1] * inverse);
+                const int32_t pair = (rounded[k] & 0xffff) | (int32_t)((uint32_t)rounded[k + 1] << 16);
+                memcpy((int32_t *)block + (k0 + k) / 2 * count + r, &pair, 4);
             }
         }
     }
@@ -110,15 +111,17 @@ static TARGET float pack_row(const void *weights, int64_t kind, int64_t at, int6
         for (int64_t k0 = 0; k0 < in; k0 += 256) {
             const int64_t length = in - k0 < 256 ? in - k0 : 256;
             widen(weights, kind, at + k0, length, values);
-            highest = fmaxf(highest, largest_magnitude(values, length));
+            highest = larger(largest_magnitude(values, length), highest);
         }
     const float inverse = highest > 0 ? 127.0f / highest : 0;
     for (int64_t k0 = 0; k0 < in; k0 += 256) {
         const int64_t length = in - k0 < 256 ? in - k0 : 256;
+        int32_t whole[256];
         int8_t rounded[256];
         memset(values, 0, sizeof values);
         if (at >= 0) widen(weights, kind, at + k0, length, values);
-        for (int64_t k = 0; k < 256; k++) rounded[k] = (int8_t)lrintf(values[k] * inverse);
+        round_all(values, inverse, 256, whole);
+        for (int64_t k = 0; k < 256; k++) rounded[k] = (int8_t)whole[k];
         for (int64_t k = 0; k < length; k += 2) memcpy(to + (k0 + k) * PANEL, rounded + k, 2);
     }
     return highest / 127.0f;

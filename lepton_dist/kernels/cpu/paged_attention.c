@@ -5,24 +5,9 @@
  * (arXiv:1805.02867); nothing of the cache is copied out of it (arXiv:2309.06180).
  */
 #if defined(__x86_64__)
-#include "vector.h"
+#include "decode_attention.h"
 
-#define KEYS 16      /* keys whose scores are held at a time */
-#define MAX_ROWS 32  /* query tokens x query heads of a task */
-#define MAX_DIM 256
-
-/* What a call works on; strides are in elements. A kind of 0 is float32, 1 is bfloat16. */
-struct paged_call {
-    const void *query;           /* [tokens, heads, dim] */
-    const void *keys, *values;   /* [blocks, kv_heads, block_tokens, dim] */
-    void *output;                /* [tokens, heads, dim], contiguous */
-    const int64_t *tasks;        /* [num_tasks, 4]: first row, rows, keys that the first row sees, its block table */
-    const int64_t *tables;       /* [sequences, table_width] blocks */
-    int64_t num_tasks, table_width, block_tokens, heads, kv_heads, dim, kind, cache_kind;
-    int64_t query_stride;        /* from one token to the next */
-    int64_t window;              /* keys that a token sees at most; 0 for all before it */
-    int64_t threads;
-};
+#define MAX_ROWS 32 /* query tokens x query heads of a task */
 
 /* A task's rows, two at a time; an odd one has zeros beside it. All but the weights are [..][dim], one row directly
    behind the other: rows a power of two apart would push each other out of the cache. */
@@ -34,12 +19,6 @@ struct rows {
     float weights[MAX_ROWS][KEYS] __attribute__((aligned(64)));
     float highest[MAX_ROWS], total[MAX_ROWS], shrink[MAX_ROWS];
 };
-
-/* The sums of four vectors. */
-INLINE TARGET __m128 sums_of(__m256 a, __m256 b, __m256 c, __m256 d) {
-    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
-}
 
 /* Scores of rows r and r + 1 with all the keys: 2 x 4 sums at a time. */
 INLINE TARGET void score(struct rows *w, int64_t r, int64_t dim) {
@@ -66,7 +45,7 @@ INLINE TARGET void weigh(struct rows *w, int64_t r, int64_t from, int64_t to) {
     if (from > 0 || to < KEYS)
         for (int64_t t = 0; t < KEYS; t++) weights[t] = t < from || t >= to ? -INFINITY : weights[t];
     float best = w->highest[r];
-    for (int64_t t = 0; t < KEYS; t++) best = fmaxf(best, weights[t]);
+    for (int64_t t = 0; t < KEYS; t++) best = larger(weights[t], best);
     if (best == -INFINITY) { /* nothing seen yet */
         memset(weights, 0, KEYS * 4);
         return;
@@ -105,17 +84,6 @@ INLINE TARGET void mix(struct rows *w, int64_t r, int64_t d, int64_t dim, int64_
         _mm256_store_ps(mixed0 + 8 * i, sum[i]);
         _mm256_store_ps(mixed1 + 8 * i, sum[4 + i]);
     }
-}
-
-/* Where the key or value at position `at` of a sequence begins. */
-INLINE int64_t place(const struct paged_call *c, const int64_t *table, int64_t kv_head, int64_t at) {
-    return ((table[at / c->block_tokens] * c->kv_heads + kv_head) * c->block_tokens + at % c->block_tokens) * c->dim;
-}
-
-/* Ask for memory ahead of need: blocks lie anywhere, and no hardware guesses the next. */
-INLINE void fetch(const void *from, int64_t kind, int64_t at, int64_t count) {
-    const char *first = (const char *)from + at * (kind ? 2 : 4);
-    for (int64_t i = 0; i < count * (kind ? 2 : 4); i += 64) __builtin_prefetch(first + i);
 }
 
 static TARGET void attend(const struct paged_call *c, const int64_t *task, int64_t kv_head, struct rows *w) {
@@ -173,13 +141,17 @@ static TARGET void attend(const struct paged_call *c, const int64_t *task, int64
 int lepton_paged_attention(const struct paged_call *c) {
     if (c->dim % 8 || c->dim > MAX_DIM || c->heads % c->kv_heads || c->heads / c->kv_heads > MAX_ROWS) return 1;
     const int64_t count = c->num_tasks * c->kv_heads;
+    const int few = c->cache_kind == 1 && c->dim % 16 == 0 && c->heads / c->kv_heads <= 2 * FEW_ROWS;
 #pragma omp parallel num_threads(c->threads)
     {
         struct rows work;
         /* The last tasks of a prompt see the most keys: the longest first, so that threads end together. */
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = count - 1; i >= 0; i--)
-            attend(c, c->tasks + i / c->kv_heads * 4, i % c->kv_heads, &work);
+        for (int64_t i = count - 1; i >= 0; i--) {
+            const int64_t *task = c->tasks + i / c->kv_heads * 4, kv_head = i % c->kv_heads;
+            if (few && task[1] == 1) decode(c, task, kv_head);
+            else attend(c, task, kv_head, &work);
+        }
     }
     return 0;
 }

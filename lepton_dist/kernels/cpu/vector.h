@@ -46,10 +46,28 @@ INLINE void narrow(const float *from, int64_t count, void *to, int64_t kind, int
         memcpy((float *)to + at, from, (size_t)count * 4);
 }
 
-INLINE float largest_magnitude(const float *values, int64_t count) {
-    float highest = 0;
-    for (int64_t k = 0; k < count; k++) highest = fmaxf(highest, fabsf(values[k]));
+/* One instruction; fmaxf is a call. A NaN as `a` is passed over. */
+INLINE float larger(float a, float b) { return a > b ? a : b; }
+
+INLINE TARGET float largest_magnitude(const float *values, int64_t count) {
+    const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    __m256 most = _mm256_setzero_ps();
+    int64_t k = 0;
+    for (; k + 8 <= count; k += 8) most = _mm256_max_ps(_mm256_and_ps(_mm256_loadu_ps(values + k), no_sign), most);
+    float lanes[8], highest = 0;
+    _mm256_storeu_ps(lanes, most);
+    for (int i = 0; i < 8; i++) highest = larger(lanes[i], highest);
+    for (; k < count; k++) highest = larger(fabsf(values[k]), highest);
     return highest;
+}
+
+/* values * factor to the nearest whole numbers, ties to even. `count` is a multiple of 8. */
+INLINE TARGET void round_all(const float *values, float factor, int64_t count, int32_t *to) {
+    const __m256 factors = _mm256_set1_ps(factor);
+    for (int64_t k = 0; k < count; k += 8) {
+        const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(values + k), factors);
+        _mm256_storeu_si256((__m256i *)(to + k), _mm256_cvtps_epi32(scaled));
+    }
 }
 
 /* e^x to 2 units in the last place (Cephes' expf), in a form that compilers turn into vectors. Below -87 it is 0. */

@@ -1,0 +1,40 @@
+/* What the attention kernels share: the call, where keys and values lie, and sums across a vector. */
+#ifndef LEPTON_ATTENTION_H
+#define LEPTON_ATTENTION_H
+
+#include "vector.h"
+
+#define KEYS 16 /* keys whose scores are held at a time */
+#define MAX_DIM 256
+
+/* What a call works on; strides are in elements. A kind of 0 is float32, 1 is bfloat16. */
+struct paged_call {
+    const void *query;           /* [tokens, heads, dim] */
+    const void *keys, *values;   /* [blocks, kv_heads, block_tokens, dim] */
+    void *output;                /* [tokens, heads, dim], contiguous */
+    const int64_t *tasks;        /* [num_tasks, 4]: first row, rows, keys that the first row sees, its block table */
+    const int64_t *tables;       /* [sequences, table_width] blocks */
+    int64_t num_tasks, table_width, block_tokens, heads, kv_heads, dim, kind, cache_kind;
+    int64_t query_stride;        /* from one token to the next */
+    int64_t window;              /* keys that a token sees at most; 0 for all before it */
+    int64_t threads;
+};
+
+/* The sums of four vectors. */
+INLINE TARGET __m128 sums_of(__m256 a, __m256 b, __m256 c, __m256 d) {
+    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+}
+
+/* Where the key or value at position `at` of a sequence begins. */
+INLINE int64_t place(const struct paged_call *c, const int64_t *table, int64_t kv_head, int64_t at) {
+    return ((table[at / c->block_tokens] * c->kv_heads + kv_head) * c->block_tokens + at % c->block_tokens) * c->dim;
+}
+
+/* Ask for memory ahead of need: blocks lie anywhere, and no hardware guesses the next. */
+INLINE void fetch(const void *from, int64_t kind, int64_t at, int64_t count) {
+    const char *first = (const char *)from + at * (kind ? 2 : 4);
+    for (int64_t i = 0; i < count * (kind ? 2 : 4); i += 64) __builtin_prefetch(first + i);
+}
+
+#endif
