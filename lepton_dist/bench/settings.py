@@ -8,12 +8,12 @@ from dataclasses import dataclass, fields, replace
 from lepton_dist.errors import UsageError
 from lepton_dist.plan.document import parse_plan, plan_to_yaml
 from lepton_dist.plan.plan import Mesh, Plan, Precision, Replica, Stage
+from lepton_dist.plan.precision import QUANTIZED
 
 _AXIS = re.compile(r"(dp|pp|tp)([1-9][0-9]*)")
 _DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32"}
-_WEIGHTS = ("int8", "int4")
 _WIRES = {"wire-int8": "int8", "wire-bf16": "bfloat16", "wire-fp32": "float32"}
-_KNOWN = ", ".join(("plan", "plain", "tpN", "ppN", "dpN", "bf16", "fp32", *_WEIGHTS, *_WIRES))
+_KNOWN = ", ".join(("plan", "plain", "tpN", "ppN", "dpN", "bf16", "fp32", *QUANTIZED, *_WIRES))
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def parse_setting(text: str, world_size: int) -> Setting:
             axes[match[1]] = int(match[2])
         elif word in _DTYPES:
             precision = Precision(*[_DTYPES[word]] * len(fields(Precision)))
-        elif word in _WEIGHTS:
+        elif word in QUANTIZED:
             precision = replace(precision, weights=word)
         elif word in _WIRES:
             precision = replace(precision, wire=_WIRES[word])

@@ -55,7 +55,7 @@ class PackedWeight:
 def make_weight(weight: torch.Tensor, kind: str | None = None) -> Weight:
     """The fastest form that this device has for a float matrix [out, in].
 
-    `kind` names its dtype (by default its own), or ``int8`` or ``int4``, to which it is rounded.
+    `kind` names its dtype (by default its own), or one of `QUANTIZED`, to which it is rounded.
     """
     has_own_kernels = weight.device.type == "cpu" and native_library() is not None
     if kind is not None and kind in QUANTIZED:

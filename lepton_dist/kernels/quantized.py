@@ -1,4 +1,4 @@
-"""Weights rounded to 8 or 4 bits, the plain way: to nearest, with a scale an output feature or a group of 32.
+"""Weights rounded to 8 or 4 bits, the plain way: to nearest, with a scale an output feature or a group of inputs.
 
 The reference, on any device and without compiled kernels: it widens the whole matrix for each product.
 """
@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-GROUP = 32
-"""Neighbouring inputs that share the scale of an int4 weight."""
+from lepton_dist.plan.precision import INT4_GROUPS
 
 
 def round_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,14 +18,14 @@ def round_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (weight.float() * _inverse(largest, 127)).round_().to(torch.int8), largest / 127
 
 
-def round_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float [out, in] -> int8 [out, in / 32, 32] from -8 to 7, and float16 scales [out, in / 32, 1].
+def round_int4(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """float [out, in] -> int8 [out, in / group, group] from -8 to 7, and float16 scales [out, in / group, 1].
 
     The value of the largest magnitude of a group becomes -8, so that all 16 steps are used (as llama.cpp's Q4_0). The
     last group of a row is filled up with zeros.
     """
     out_features, in_features = weight.shape
-    groups = functional.pad(weight.float(), (0, -in_features % GROUP)).view(out_features, -1, GROUP)
+    groups = functional.pad(weight.float(), (0, -in_features % group)).view(out_features, -1, group)
     extremes = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
     scales = (extremes / -8).to(torch.float16)
     return (groups * _inverse(scales.float(), 1)).round_().clamp_(-8, 7).to(torch.int8), scales
@@ -37,7 +36,8 @@ class RoundedWeight:
 
     def __init__(self, weight: torch.Tensor, kind: str) -> None:
         self.out_features, self.in_features = weight.shape
-        self._steps, self._scales = round_int8(weight) if kind == "int8" else round_int4(weight)
+        rounded = round_int8(weight) if kind == "int8" else round_int4(weight, INT4_GROUPS[kind])
+        self._steps, self._scales = rounded
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix [out, in] that the rounded one stands for."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from lepton_dist.model.config import ModelConfig
 from lepton_dist.model.family import Family, Source
 from lepton_dist.plan.axes import Axis, AxisSpans, Span, span_size
+from lepton_dist.plan.precision import INT4_GROUPS
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def matrix_kind(name: str, weights: str) -> str:
 
     The head decides every token and is rounded to 8 bits at most.
     """
-    return "int8" if weights == "int4" and name == "head.weight" else weights
+    return "int8" if weights in INT4_GROUPS and name == "head.weight" else weights
 
 
 class ParameterTable:

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from lepton_dist.plan.plan import Precision
 
-QUANTIZED = ("int8", "int4")
+INT4_GROUPS = {"int4": 32, "int4-64": 64, "int4-128": 128}
+"""Neighbouring inputs that share a scale, by kind of 4-bit weights."""
+
+QUANTIZED = ("int8", *INT4_GROUPS)
 """Kinds of weights that are rounded while they are loaded."""
 
 
@@ -14,7 +17,7 @@ QUANTIZED = ("int8", "int4")
 class Dtypes:
     """Names of dtypes, all decided; `notice` tells the user of one that was replaced.
 
-    `weights` may be quantised (int8, int4); `compute` is then the float dtype of the embedding and of the activations,
+    `weights` may be quantised (`QUANTIZED`); `compute` is then the float dtype of the embedding and of the activations,
     else it is `weights`.
     """
 

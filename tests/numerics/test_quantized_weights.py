@@ -18,7 +18,7 @@ from tests.plain_torch import plain_torch
 EXAMPLES = Path(__file__).resolve().parents[2] / "configs" / "examples"
 MODEL = EXAMPLES / "tiny-stdlib"
 # Perplexity over that of the float32 weights, at most; 0.999 and 1.007 were measured.
-MOST = {"int8": 1.005, "int4": 1.03}
+MOST = {"int8": 1.005, "int4": 1.03, "int4-128": 1.05}
 
 
 def texts() -> list[list[int]]:
@@ -49,13 +49,14 @@ def scores(weights: str, mesh: str, ranks: int, corpus: list[list[int]]) -> np.n
 
 
 @pytest.mark.parametrize("is_plain", [False, True], ids=["compiled", "torch"])
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", list(MOST))
 def test_perplexity_stays_close(weights: str, is_plain: bool, corpus: list[list[int]]) -> None:
     exact = scores("float32", "tp: 1", 1, corpus)
     with plain_torch() if is_plain else nullcontext():
         rounded = scores(weights, "tp: 1", 1, corpus)
     ratio = float(np.exp(exact.mean() - rounded.mean()))
     assert not np.array_equal(exact, rounded)
+    print(weights, is_plain, ratio)
     assert ratio < MOST[weights], ratio
 
 

@@ -14,21 +14,24 @@ struct matmul_call {
     const void *weights; /* panels, as the packing function of the kind wrote them */
     const void *scales;  /* of the quantised kinds */
     int64_t rows, in, out, x_stride, y_stride, x_kind, y_kind, threads;
+    int64_t group; /* neighbouring inputs that share a scale, of int4 weights: 32, 64 or 128 */
 };
 
 INLINE int64_t num_panels(int64_t out) { return (out + PANEL - 1) / PANEL; }
 
+enum purpose { ACTIVATIONS, EXPANDED_PANEL, NUM_PURPOSES };
+
 /* Memory for a call, kept from one to the next: a step makes hundreds of calls of the same few sizes. */
-static inline void *scratch(int64_t bytes) {
-    static __thread void *kept;
-    static __thread int64_t capacity;
-    if (bytes > capacity) {
-        free(kept);
-        capacity = (bytes + 4095) / 4096 * 4096;
-        kept = aligned_alloc(4096, (size_t)capacity);
-        if (kept == NULL) capacity = 0;
+static inline void *scratch(enum purpose purpose, int64_t bytes) {
+    static __thread void *kept[NUM_PURPOSES];
+    static __thread int64_t capacity[NUM_PURPOSES];
+    if (bytes > capacity[purpose]) {
+        free(kept[purpose]);
+        capacity[purpose] = (bytes + 4095) / 4096 * 4096;
+        kept[purpose] = aligned_alloc(4096, (size_t)capacity[purpose]);
+        if (kept[purpose] == NULL) capacity[purpose] = 0;
     }
-    return kept;
+    return kept[purpose];
 }
 
 /* Put the 16 results of a row and panel in place; the last panel may reach over the end. */
@@ -39,12 +42,15 @@ INLINE void write_y(const struct matmul_call *c, int64_t row, int64_t panel, con
 }
 
 /* What tells the kinds apart: x is laid out in blocks of up to `rows` rows, `row_bytes` each, and a block is multiplied
-   with a panel of `panel_bytes`. */
+   with a panel of `panel_bytes`: at once, or `depth` of `in` after `depth`, each expanded once for all blocks, in which
+   case `multiply` adds to `values` from the second on. */
 struct matmul_kind {
-    int64_t rows, row_bytes, panel_bytes;
+    int64_t rows, row_bytes, panel_bytes, depth, expanded_bytes;
+    void (*expand)(const struct matmul_call *c, const void *panel, int64_t k, void *expanded); /* NULL: not expanded */
     void (*lay_out)(const struct matmul_call *c, int64_t from, int64_t count, void *block);
     void (*multiply)(
-        const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, float *values
+        const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, int64_t k,
+        float *values
     );
 };
 
@@ -52,13 +58,18 @@ struct matmul_kind {
    no memory. */
 static inline int matmul(const struct matmul_call *c, const struct matmul_kind *kind) {
     const int64_t most = c->rows < CHUNK_ROWS ? c->rows : CHUNK_ROWS;
-    char *packed = scratch(most * kind->row_bytes);
-    if (packed == NULL) return 1;
-    for (int64_t from = 0; from < c->rows; from += CHUNK_ROWS) {
+    char *packed = scratch(ACTIVATIONS, most * kind->row_bytes);
+    int has_memory = packed != NULL;
+    for (int64_t from = 0; has_memory && from < c->rows; from += CHUNK_ROWS) {
         const int64_t rows = c->rows - from < CHUNK_ROWS ? c->rows - from : CHUNK_ROWS;
         const int64_t blocks = (rows + kind->rows - 1) / kind->rows;
 #pragma omp parallel num_threads(c->threads)
         {
+            void *expanded = kind->expand == NULL ? NULL : scratch(EXPANDED_PANEL, kind->expanded_bytes);
+            if (kind->expand != NULL && expanded == NULL) {
+#pragma omp atomic write
+                has_memory = 0;
+            }
 #pragma omp for schedule(static)
             for (int64_t b = 0; b < blocks; b++) {
                 const int64_t first = b * kind->rows, left = rows - first;
@@ -67,17 +78,23 @@ static inline int matmul(const struct matmul_call *c, const struct matmul_kind *
 #pragma omp for schedule(dynamic, 2)
             for (int64_t p = 0; p < num_panels(c->out); p++) {
                 const char *panel = (const char *)c->weights + p * kind->panel_bytes;
-                for (int64_t b = 0; b < blocks; b++) {
-                    const int64_t first = b * kind->rows, left = rows - first;
-                    const int64_t count = left < kind->rows ? left : kind->rows;
-                    float values[6 * PANEL] __attribute__((aligned(64)));
-                    kind->multiply(c, packed + first * kind->row_bytes, count, panel, p, values);
-                    for (int64_t r = 0; r < count; r++) write_y(c, from + first + r, p, values + r * PANEL);
+                float values[CHUNK_ROWS * PANEL] __attribute__((aligned(64)));
+                if (kind->expand != NULL && expanded == NULL) continue;
+                for (int64_t k = 0; k < c->in; k += kind->depth) {
+                    if (expanded != NULL) kind->expand(c, panel, k, expanded);
+                    for (int64_t b = 0; b < blocks; b++) {
+                        const int64_t first = b * kind->rows, left = rows - first;
+                        kind->multiply(
+                            c, packed + first * kind->row_bytes, left < kind->rows ? left : kind->rows,
+                            expanded != NULL ? expanded : panel, p, k, values + first * PANEL
+                        );
+                    }
                 }
+                for (int64_t r = 0; r < rows; r++) write_y(c, from + r, p, values + r * PANEL);
             }
         }
     }
-    return 0;
+    return !has_memory;
 }
 
 /* Runs KERNEL(rows) for the number of rows left, a constant in each case, so that its loops unroll. */

@@ -6,13 +6,12 @@ For CPUs without matrix instructions: torch's own bfloat16 and 8-bit products ar
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 
 import torch
 
 from lepton_dist.kernels.cpu.native import KINDS, address, native_library
+from lepton_dist.plan.precision import INT4_GROUPS
 
-_SYMBOLS = {"bfloat16": "bf16", "int8": "int8", "int4": "int4"}
 _PANEL = 16  # as in matmul.h
 
 
@@ -23,20 +22,28 @@ class _MatmulCall(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "y", "weights", "scales")),
         *(
             (name, ctypes.c_int64)
-            for name in ("rows", "in_", "out", "x_stride", "y_stride", "x_kind", "y_kind", "threads")
+            for name in ("rows", "in_", "out", "x_stride", "y_stride", "x_kind", "y_kind", "threads", "group")
         ),
     )
 
 
 class PanelWeight:
-    """A matrix [out, in] as panels: bfloat16, int8 (a scale an output feature) or int4 (a scale for 32 of a row)."""
+    """A matrix [out, in] as panels: bfloat16, int8 (a scale an output feature) or int4 (a scale a group of a row)."""
 
     def __init__(self, weight: torch.Tensor, kind: str) -> None:
         self.out_features, self.in_features = weight.shape
-        self._panels, self._scales = _PACK[kind](weight.contiguous())
-        self._function = getattr(native_library(), f"lepton_matmul_{_SYMBOLS[kind]}")
+        library, weight, group = _library(), weight.contiguous(), INT4_GROUPS.get(kind, 0)
+        if kind == "bfloat16":
+            self._panels, self._scales = _pack_bf16(weight), None
+            self._function = library.lepton_matmul_bf16
+        elif kind == "int8":
+            self._panels, self._scales = _pack_int8(weight)
+            self._function = library.lepton_matmul_int8
+        else:
+            self._panels, self._scales = _pack_int4(weight, kind), None
+            self._function = library.lepton_matmul_int4
         scales = None if self._scales is None else self._scales.data_ptr()
-        self._call = _MatmulCall(weights=self._panels.data_ptr(), scales=scales, in_=self.in_features)
+        self._call = _MatmulCall(weights=self._panels.data_ptr(), scales=scales, in_=self.in_features, group=group)
         self._call.out = self._call.y_stride = self.out_features
         self._reference = ctypes.byref(self._call)
 
@@ -60,14 +67,15 @@ def panel_bytes(kind: str, out_features: int, in_features: int) -> int:
         return rows * in_features * 2
     if kind == "int8":
         return rows * (in_features + in_features % 2 + 4)
-    return rows * -(-in_features // 32) * 18
+    group = INT4_GROUPS[kind]
+    return rows * -(-in_features // group) * (group // 2 + 2)
 
 
-def _pack_bf16(weight: torch.Tensor) -> tuple[torch.Tensor, None]:
+def _pack_bf16(weight: torch.Tensor) -> torch.Tensor:
     out_features, in_features = weight.shape
     panels = torch.empty(panel_bytes("bfloat16", out_features, in_features), dtype=torch.uint8)
     _library().lepton_pack_bf16(address(weight), *_sizes(weight), address(panels), _threads())
-    return panels, None
+    return panels
 
 
 def _pack_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,18 +87,11 @@ def _pack_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return panels, scales
 
 
-def _pack_int4(weight: torch.Tensor) -> tuple[torch.Tensor, None]:
-    panels = torch.empty(panel_bytes("int4", *weight.shape), dtype=torch.uint8)
-    kind = ctypes.c_int64(KINDS[weight.dtype])
-    _library().lepton_pack_int4(address(weight), kind, *_sizes(weight), address(panels), _threads())
-    return panels, None
-
-
-_PACK: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]] = {
-    "bfloat16": _pack_bf16,
-    "int8": _pack_int8,
-    "int4": _pack_int4,
-}
+def _pack_int4(weight: torch.Tensor, kind: str) -> torch.Tensor:
+    panels = torch.empty(panel_bytes(kind, *weight.shape), dtype=torch.uint8)
+    numbers = (ctypes.c_int64(KINDS[weight.dtype]), *_sizes(weight), ctypes.c_int64(INT4_GROUPS[kind]))
+    _library().lepton_pack_int4(address(weight), *numbers, address(panels), _threads())
+    return panels
 
 
 def _library() -> ctypes.CDLL:

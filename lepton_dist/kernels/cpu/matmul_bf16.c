@@ -46,9 +46,10 @@ INLINE TARGET void multiply(const float *x, const uint16_t *panel, int64_t depth
 }
 
 static TARGET void multiply_rows(
-    const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, float *values
+    const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, int64_t k,
+    float *values
 ) {
-    (void)number;
+    (void)number, (void)k;
 #define KERNEL(n) multiply(block, panel, c->in, values, n, n == 1 ? 6 : n == 2 ? 3 : n == 3 ? 2 : 1)
     FOR_ROWS_UP_TO_6(count, KERNEL)
 #undef KERNEL
@@ -68,7 +69,17 @@ static TARGET void lay_out(const struct matmul_call *c, int64_t from, int64_t co
 
 /* 0, or 1 when there is no memory. */
 int lepton_matmul_bf16(const struct matmul_call *c) {
-    return matmul(c, &(struct matmul_kind){ROWS, c->in * 4, c->in * PANEL * 2, lay_out, multiply_rows});
+    return matmul(
+        c,
+        &(struct matmul_kind){
+            .rows = ROWS,
+            .row_bytes = c->in * 4,
+            .panel_bytes = c->in * PANEL * 2,
+            .depth = c->in,
+            .lay_out = lay_out,
+            .multiply = multiply_rows,
+        }
+    );
 }
 
 /* Eight steps of k of a panel: rows i and i + 8 side by side give words, whose 8 x 8 square is then turned over. */

@@ -1,146 +1,265 @@
-/* Matmul with 4-bit weights in groups of 32 along `in`, a float16 scale a group, and activations rounded to int8 in
- * the same groups.
+/* Matmul with 4-bit weights in groups of 32, 64 or 128 along `in`, a float16 scale a group.
  *
- * A weight is (u - 8) * scale with u from 0 to 15; the products u * x are summed in 16-bit words (vpmaddubsw), where a
- * group's eight of at most 2 * 15 * 127 fit, and the 8 is taken off the sum: sum (u - 8) x = sum u x - 8 sum x.
+ * A weight is (u - 8) * scale with u from 0 to 15. For a few rows of x, rounded to int8 in the same groups, the products
+ * u * x are summed in 16-bit words (vpmaddubsw), where eight of at most 2 * 15 * 127 fit, and the 8 is taken off the sum:
+ * sum (u - 8) x = sum u x - 8 sum x. For many rows a panel is expanded to 16-bit words first (words.h): that is done
+ * once for all of them.
  *
- * A panel is [in / 32] groups of two halves (8 output features each) of 4 x 32 bytes and 8 scales. Byte 4 i + j of row q
- * holds, for output feature i, k = 8 q + j in its low half and k = 8 q + 4 + j in its high half.
+ * A panel is groups of two halves (8 output features each) of [group / 32] pieces of 4 x 32 bytes, and 8 scales. Byte 4 i +
+ * j of row q of a piece holds, for output feature i, k = 8 q + j in its low half and k = 8 q + 4 + j in its high half.
  */
 #if defined(__x86_64__)
-#include "matmul.h"
+#include "words.h"
 
-#define ROWS 4
-#define GROUP 32
-#define HALF_BYTES (4 * 32 + 8 * 2)
-#define GROUP_BYTES (2 * HALF_BYTES)
+#define FEW_ROWS 4  /* that go over a panel as it is together */
+#define MANY_ROWS 33 /* of x from which expanding pays */
+#define PIECE 32
+#define PIECE_BYTES (4 * 32)
+#define DEPTH 512    /* k whose sums fit when expanded: 512 * 8 * 511 * 1023 < 2^31 */
+#define STEPS 511.0f /* of an expanded weight's scale, for the largest of a row */
 
-/* A row's share of a group of x: its rounded values, its scale, and 8 times the sum of its values. */
-struct x_group {
-    int8_t values[GROUP];
+INLINE int64_t half_bytes(const struct matmul_call *c) { return c->group / PIECE * PIECE_BYTES + 8 * 2; }
+INLINE int64_t num_groups(const struct matmul_call *c) { return (c->in + c->group - 1) / c->group; }
+
+/* The scales of a half of a group, behind its pieces. */
+INLINE TARGET __m256 load_scales(const struct matmul_call *c, const uint8_t *half) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(half + c->group / PIECE * PIECE_BYTES)));
+}
+
+/* A row's share of a piece of x: its rounded values, the scale of its group, and 8 times the sum of its values. */
+struct x_piece {
+    int8_t values[PIECE];
     float scale;
     int32_t offset;
 };
 
-INLINE TARGET void multiply(const struct x_group *x, const uint8_t *panel, int64_t groups, float *sums, int rows) {
+/* Rows of x as [pieces][rows] times a panel -> sums [rows][16]. */
+INLINE TARGET void multiply_few(
+    const struct matmul_call *c, const struct x_piece *x, const uint8_t *panel, float *sums, int rows
+) {
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    __m256 sum[ROWS * 2];
+    const int64_t pieces = c->group / PIECE;
+    __m256 sum[FEW_ROWS * 2];
     UNROLL for (int i = 0; i < rows * 2; i++) sum[i] = _mm256_setzero_ps();
-    for (int64_t g = 0; g < groups; g++, x += rows) {
-        UNROLL for (int half = 0; half < 2; half++) {
-            const uint8_t *at = panel + g * GROUP_BYTES + half * HALF_BYTES;
-            __m256i products[ROWS];
-            UNROLL for (int q = 0; q < 4; q++) {
-                const __m256i both = _mm256_loadu_si256((const __m256i *)(at + q * 32));
-                const __m256i low = _mm256_and_si256(both, nibble);
-                const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
+    for (int64_t g = 0; g < num_groups(c); g++, x += pieces * rows)
+        UNROLL for (int half = 0; half < 2; half++, panel += half_bytes(c)) {
+            __m256i exact[FEW_ROWS];
+            UNROLL for (int r = 0; r < rows; r++) exact[r] = _mm256_setzero_si256();
+            for (int64_t piece = 0; piece < pieces; piece++) {
+                const struct x_piece *at = x + piece * rows;
+                __m256i products[FEW_ROWS];
+                UNROLL for (int q = 0; q < 4; q++) {
+                    const __m256i both = _mm256_loadu_si256((const __m256i *)(panel + piece * PIECE_BYTES) + q);
+                    const __m256i low = _mm256_and_si256(both, nibble);
+                    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
+                    UNROLL for (int r = 0; r < rows; r++) {
+                        int32_t first, second;
+                        memcpy(&first, at[r].values + q * 8, 4);
+                        memcpy(&second, at[r].values + q * 8 + 4, 4);
+                        const __m256i product = _mm256_add_epi16(
+                            _mm256_maddubs_epi16(low, _mm256_set1_epi32(first)),
+                            _mm256_maddubs_epi16(high, _mm256_set1_epi32(second))
+                        );
+                        products[r] = q == 0 ? product : _mm256_add_epi16(products[r], product);
+                    }
+                }
                 UNROLL for (int r = 0; r < rows; r++) {
-                    int32_t first, second;
-                    memcpy(&first, x[r].values + q * 8, 4);
-                    memcpy(&second, x[r].values + q * 8 + 4, 4);
-                    const __m256i product = _mm256_add_epi16(
-                        _mm256_maddubs_epi16(low, _mm256_set1_epi32(first)),
-                        _mm256_maddubs_epi16(high, _mm256_set1_epi32(second))
-                    );
-                    products[r] = q == 0 ? product : _mm256_add_epi16(products[r], product);
+                    const __m256i total = _mm256_madd_epi16(products[r], ones);
+                    exact[r] = _mm256_add_epi32(exact[r], _mm256_sub_epi32(total, _mm256_set1_epi32(at[r].offset)));
                 }
             }
-            const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(at + 4 * 32)));
+            const __m256 scale = load_scales(c, panel);
             UNROLL for (int r = 0; r < rows; r++) {
-                const __m256i exact =
-                    _mm256_sub_epi32(_mm256_madd_epi16(products[r], ones), _mm256_set1_epi32(x[r].offset));
                 const __m256 factor = _mm256_mul_ps(scale, _mm256_set1_ps(x[r].scale));
-                sum[r * 2 + half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(exact), factor, sum[r * 2 + half]);
+                sum[r * 2 + half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(exact[r]), factor, sum[r * 2 + half]);
             }
         }
-    }
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int half = 0; half < 2; half++) _mm256_storeu_ps(sums + r * PANEL + half * 8, sum[r * 2 + half]);
 }
 
-static TARGET void multiply_rows(
-    const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, float *values
+static TARGET void multiply_few_rows(
+    const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, int64_t k,
+    float *values
 ) {
-    const int64_t groups = (c->in + GROUP - 1) / GROUP;
-    (void)number;
+    (void)number, (void)k;
     switch (count) {
-    case 1: multiply(block, panel, groups, values, 1); break;
-    case 2: multiply(block, panel, groups, values, 2); break;
-    case 3: multiply(block, panel, groups, values, 3); break;
-    default: multiply(block, panel, groups, values, 4); break;
+    case 1: multiply_few(c, block, panel, values, 1); break;
+    case 2: multiply_few(c, block, panel, values, 2); break;
+    case 3: multiply_few(c, block, panel, values, 3); break;
+    default: multiply_few(c, block, panel, values, 4); break;
     }
 }
 
-/* A group's values from index `at` of an array of the kind; what lies behind `length` is zero. */
-INLINE void widen_group(const void *from, int64_t kind, int64_t at, int64_t length, float *values) {
-    if (length >= GROUP) {
-        widen(from, kind, at, GROUP, values);
+/* `count` values from index `at` of an array of the kind; what lies behind `length` is zero. */
+INLINE void widen_group(const void *from, int64_t kind, int64_t at, int64_t length, int64_t count, float *values) {
+    if (length >= count) {
+        widen(from, kind, at, count, values);
         return;
     }
-    memset(values, 0, GROUP * 4);
-    widen(from, kind, at, length, values);
+    memset(values, 0, (size_t)count * 4);
+    if (length > 0) widen(from, kind, at, length, values);
 }
 
-/* Round rows [from, from + count) of x to [groups][count]. */
-static TARGET void round_rows(const struct matmul_call *c, int64_t from, int64_t count, void *block) {
-    const int64_t groups = (c->in + GROUP - 1) / GROUP;
+/* Round rows [from, from + count) of x to [pieces][count]. */
+static TARGET void round_to_bytes(const struct matmul_call *c, int64_t from, int64_t count, void *block) {
+    const int64_t pieces = c->group / PIECE;
     for (int64_t r = 0; r < count; r++)
-        for (int64_t g = 0; g < groups; g++) {
-            struct x_group *to = (struct x_group *)block + g * count + r;
-            float values[GROUP];
-            widen_group(c->x, c->x_kind, (from + r) * c->x_stride + g * GROUP, c->in - g * GROUP, values);
-            const float highest = largest_magnitude(values, GROUP), inverse = highest > 0 ? 127.0f / highest : 0;
-            int32_t rounded[GROUP], sum = 0;
-            round_all(values, inverse, GROUP, rounded);
-            for (int64_t k = 0; k < GROUP; k++) {
-                to->values[k] = (int8_t)rounded[k];
-                sum += rounded[k];
+        for (int64_t g = 0; g < num_groups(c); g++) {
+            float values[128];
+            widen_group(
+                c->x, c->x_kind, (from + r) * c->x_stride + g * c->group, c->in - g * c->group, c->group, values
+            );
+            const float highest = largest_magnitude(values, c->group), inverse = highest > 0 ? 127.0f / highest : 0;
+            int32_t rounded[128];
+            round_all(values, inverse, c->group, rounded);
+            for (int64_t piece = 0; piece < pieces; piece++) {
+                struct x_piece *to = (struct x_piece *)block + (g * pieces + piece) * count + r;
+                int32_t sum = 0;
+                for (int64_t k = 0; k < PIECE; k++) {
+                    to->values[k] = (int8_t)rounded[piece * PIECE + k];
+                    sum += rounded[piece * PIECE + k];
+                }
+                to->scale = highest / 127.0f;
+                to->offset = 8 * sum;
             }
-            to->scale = highest / 127.0f;
-            to->offset = 8 * sum;
         }
+}
+
+/* DEPTH of `in` of a panel as words [pairs][16][2] of (u - 8) * whole steps, what the scales are multiplied with to become
+   whole, and the width of a step. A group's scale becomes a whole number of up to 511 steps of the largest of its row: finer
+   than what rounding to 4 bits left. */
+struct expanded {
+    int16_t words[DEPTH * PANEL];
+    float inverse[PANEL], step[PANEL];
+};
+
+/* Two pairs of k of eight output features from the bytes 0 to 3 of each. */
+INLINE TARGET void expand_pairs(__m256i bytes, __m256i steps, __m256i *to) {
+    const __m256i eight = _mm256_set1_epi16(8);
+    const __m256i first_pair = _mm256_set_epi8(
+        -1, 13, -1, 12, -1, 9, -1, 8, -1, 5, -1, 4, -1, 1, -1, 0, -1, 13, -1, 12, -1, 9, -1, 8, -1, 5, -1, 4, -1, 1, -1, 0
+    );
+    const __m256i second_pair = _mm256_add_epi8(first_pair, _mm256_set1_epi16(2));
+    const __m256i first = _mm256_sub_epi16(_mm256_shuffle_epi8(bytes, first_pair), eight);
+    const __m256i second = _mm256_sub_epi16(_mm256_shuffle_epi8(bytes, second_pair), eight);
+    _mm256_store_si256(to, _mm256_mullo_epi16(first, steps));
+    _mm256_store_si256(to + 2, _mm256_mullo_epi16(second, steps));
+}
+
+static TARGET void expand(const struct matmul_call *c, const void *panel, int64_t k, void *to) {
+    struct expanded *expanded = to;
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    const int64_t groups = num_groups(c), half = half_bytes(c), last = (k + DEPTH) / c->group;
+    if (k == 0)
+        for (int i = 0; i < 2; i++) {
+            __m256 largest = _mm256_set1_ps(1e-30f);
+            for (int64_t g = 0; g < groups; g++) {
+                const __m256 scales = load_scales(c, (const uint8_t *)panel + (2 * g + i) * half);
+                largest = _mm256_max_ps(_mm256_and_ps(scales, no_sign), largest);
+            }
+            _mm256_store_ps(expanded->inverse + 8 * i, _mm256_div_ps(_mm256_set1_ps(STEPS), largest));
+            _mm256_store_ps(expanded->step + 8 * i, _mm256_mul_ps(largest, _mm256_set1_ps(1.0f / STEPS)));
+        }
+    __m256i *words = (__m256i *)expanded->words;
+    for (int64_t g = k / c->group; g < (last < groups ? last : groups); g++, words += c->group) {
+        const uint8_t *at[2] = {(const uint8_t *)panel + 2 * g * half, (const uint8_t *)panel + (2 * g + 1) * half};
+        __m256i steps[2];
+        for (int i = 0; i < 2; i++) {
+            const __m256 whole = _mm256_mul_ps(load_scales(c, at[i]), _mm256_load_ps(expanded->inverse + 8 * i));
+            const __m256i wide = _mm256_cvtps_epi32(whole);
+            steps[i] = _mm256_blend_epi16(wide, _mm256_slli_epi32(wide, 16), 0xaa);
+        }
+        for (int64_t q = 0; q < c->group / 8; q++)
+            UNROLL for (int i = 0; i < 2; i++) {
+                const __m256i both = _mm256_loadu_si256((const __m256i *)at[i] + q);
+                expand_pairs(_mm256_and_si256(both, nibble), steps[i], words + q * 8 + i);
+                expand_pairs(_mm256_and_si256(_mm256_srli_epi16(both, 4), nibble), steps[i], words + q * 8 + i + 4);
+            }
+    }
+}
+
+static TARGET void multiply_expanded(
+    const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, int64_t k,
+    float *values
+) {
+    const int64_t left = (c->in - k + 1) / 2, pairs = left < DEPTH / 2 ? left : DEPTH / 2;
+    const struct expanded *expanded = panel;
+    const int16_t *x = (const int16_t *)block + k * count;
+    int32_t sums[WORD_ROWS * PANEL] __attribute__((aligned(64)));
+    (void)number;
+#define KERNEL(n) multiply_words(x, expanded->words, pairs, sums, n, n == 1 ? 6 : n == 2 ? 3 : n == 3 ? 2 : 1, 1)
+    FOR_ROWS_UP_TO_6(count, KERNEL)
+#undef KERNEL
+    for (int64_t i = 0; i < count * PANEL; i++) values[i] = (k == 0 ? 0 : values[i]) + (float)sums[i];
+    if (left > DEPTH / 2) return;
+    const float *row_scales = word_scales(block, c->in, count);
+    for (int64_t r = 0; r < count; r++)
+        for (int64_t i = 0; i < PANEL; i++) values[r * PANEL + i] *= row_scales[r] * expanded->step[i];
+}
+
+static TARGET void round_rows(const struct matmul_call *c, int64_t from, int64_t count, void *block) {
+    round_to_words(c, from, count, block, WORD_LIMIT);
 }
 
 /* 0, or 1 when there is no memory. */
 int lepton_matmul_int4(const struct matmul_call *c) {
-    const int64_t groups = (c->in + GROUP - 1) / GROUP, row_bytes = groups * (int64_t)sizeof(struct x_group);
-    return matmul(c, &(struct matmul_kind){ROWS, row_bytes, groups * GROUP_BYTES, round_rows, multiply_rows});
+    const struct matmul_kind few = {
+        .rows = FEW_ROWS,
+        .row_bytes = num_groups(c) * c->group / PIECE * (int64_t)sizeof(struct x_piece),
+        .panel_bytes = num_groups(c) * 2 * half_bytes(c),
+        .depth = c->in,
+        .lay_out = round_to_bytes,
+        .multiply = multiply_few_rows,
+    };
+    const struct matmul_kind many = {
+        .rows = WORD_ROWS,
+        .row_bytes = word_row_bytes(c->in),
+        .panel_bytes = few.panel_bytes,
+        .depth = DEPTH,
+        .expanded_bytes = sizeof(struct expanded),
+        .expand = expand,
+        .lay_out = round_rows,
+        .multiply = multiply_expanded,
+    };
+    return matmul(c, c->rows < MANY_ROWS ? &few : &many);
 }
 
 /* One group of one output feature: the value of the largest magnitude goes to -8, so that all 16 steps are used. */
-static TARGET void pack_group(const float *values, uint8_t *half, int64_t i) {
+static TARGET void pack_group(const float *values, int64_t group, uint8_t *half, int64_t i) {
     float extreme = 0;
-    for (int64_t k = 0; k < GROUP; k++) extreme = fabsf(values[k]) > fabsf(extreme) ? values[k] : extreme;
+    for (int64_t k = 0; k < group; k++) extreme = fabsf(values[k]) > fabsf(extreme) ? values[k] : extreme;
     const uint16_t bits = (uint16_t)_cvtss_sh(extreme / -8.0f, _MM_FROUND_TO_NEAREST_INT);
     const float scale = _cvtsh_ss(bits), inverse = scale != 0 ? 1.0f / scale : 0;
-    memcpy(half + 4 * 32 + i * 2, &bits, 2);
-    int32_t steps[GROUP];
-    round_all(values, inverse, GROUP, steps);
-    for (int64_t k = 0; k < GROUP; k++) {
+    memcpy(half + group / PIECE * PIECE_BYTES + i * 2, &bits, 2);
+    int32_t steps[128];
+    round_all(values, inverse, group, steps);
+    for (int64_t k = 0; k < group; k++) {
         const int32_t step = steps[k] + 8;
         steps[k] = step < 0 ? 0 : step > 15 ? 15 : step;
     }
-    for (int64_t q = 0; q < 4; q++)
+    for (int64_t q = 0; q < group / 8; q++)
         for (int64_t j = 0; j < 4; j++)
             half[q * 32 + i * 4 + j] = (uint8_t)(steps[q * 8 + j] | steps[q * 8 + 4 + j] << 4);
 }
 
-/* weights [out, in] of the kind (0 float32, 1 bfloat16) -> panels of lepton_int4_bytes(out, in) bytes. */
-void lepton_pack_int4(const void *weights, int64_t kind, int64_t out, int64_t in, uint8_t *panels, int64_t threads) {
-    const int64_t groups = (in + GROUP - 1) / GROUP;
+/* weights [out, in] of the kind (0 float32, 1 bfloat16) -> panels of num_panels(out) * ceil(in / group) * (group * 8 + 32)
+   bytes. */
+void lepton_pack_int4(
+    const void *weights, int64_t kind, int64_t out, int64_t in, int64_t group, uint8_t *panels, int64_t threads
+) {
+    const struct matmul_call sizes = {.in = in, .group = group};
+    const int64_t groups = num_groups(&sizes), half = half_bytes(&sizes);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t p = 0; p < num_panels(out); p++)
         for (int64_t i = 0; i < PANEL; i++) {
             const int64_t row = p * PANEL + i;
             for (int64_t g = 0; g < groups; g++) {
-                float values[GROUP] = {0};
-                if (row < out) widen_group(weights, kind, row * in + g * GROUP, in - g * GROUP, values);
-                pack_group(values, panels + (p * groups + g) * GROUP_BYTES + i / 8 * HALF_BYTES, i % 8);
+                float values[128] = {0};
+                if (row < out) widen_group(weights, kind, row * in + g * group, in - g * group, group, values);
+                pack_group(values, group, panels + ((p * groups + g) * 2 + i / 8) * half, i % 8);
             }
         }
-}
-
-int64_t lepton_int4_bytes(int64_t out, int64_t in) {
-    return num_panels(out) * ((in + GROUP - 1) / GROUP) * GROUP_BYTES;
 }
 #endif

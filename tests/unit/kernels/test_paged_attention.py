@@ -29,7 +29,9 @@ def exact(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(32, 8, 64), (6, 2, 16), (7, 7, 32), (12, 1, 128), (3, 1, 256), (10, 2, 48), (4, 2, 80)])
+@pytest.mark.parametrize(
+    "shape", [(32, 8, 64), (6, 2, 16), (7, 7, 32), (12, 1, 128), (3, 1, 256), (10, 2, 48), (4, 2, 80)]
+)
 @pytest.mark.parametrize("window", [None, 5, 40])
 def test_decode_attention_equals_softmax(dtype: torch.dtype, shape: tuple[int, int, int], window: int | None) -> None:
     heads, kv_heads, dim = shape
