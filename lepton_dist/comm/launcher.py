@@ -86,8 +86,14 @@ def library_kind(version: str) -> str:
     return "unknown"
 
 
+def set_library_defaults(launcher: Launcher, version: str) -> None:
+    """Give the MPI library the variables that it should find when it starts, unless the user has set them."""
+    for name, value in library_defaults(launcher, version).items():
+        os.environ.setdefault(name, value)
+
+
 def library_defaults(launcher: Launcher, version: str) -> dict[str, str]:
-    """Variables that the MPI library should find when it starts, unless the user has set them.
+    """The variables of `set_library_defaults`.
 
     `version` is what MPI_Get_library_version says. MPICH over UCX publishes each process's address as the 4,096 bytes
     that start there, whatever they hold, in lines that srun's PMI cuts at 1,024 characters: whether a job starts

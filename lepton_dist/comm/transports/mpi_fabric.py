@@ -14,7 +14,7 @@ from typing import NoReturn
 import mpi4py
 import numpy as np
 
-from lepton_dist.comm.launcher import MATCHING_LAUNCHERS, Launcher, library_defaults, library_kind
+from lepton_dist.comm.launcher import MATCHING_LAUNCHERS, Launcher, library_kind, set_library_defaults
 from lepton_dist.comm.patience import Patience
 from lepton_dist.comm.transport import Links
 from lepton_dist.errors import EXIT_FAILED, LaunchError, RankLostError
@@ -49,8 +49,7 @@ def start_mpi(launcher: Launcher, patience: Patience) -> MpiFabric:
     """
     is_ours = not MPI.Is_initialized()
     if is_ours:
-        for name, value in library_defaults(launcher, MPI.Get_library_version()).items():
-            os.environ.setdefault(name, value)
+        set_library_defaults(launcher, MPI.Get_library_version())
         MPI.Init_thread(MPI.THREAD_FUNNELED)
     version = MPI.Get_library_version().replace("\0", "").strip().splitlines()[0]
     size = MPI.COMM_WORLD.Get_size()

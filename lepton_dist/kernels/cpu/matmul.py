@@ -9,7 +9,8 @@ import ctypes
 
 import torch
 
-from lepton_dist.kernels.cpu.native import KINDS, address, native_library
+from lepton_dist.kernels.cpu.memory import fresh_zeros
+from lepton_dist.kernels.cpu.native import KINDS, native_library
 from lepton_dist.plan.precision import INT4_GROUPS
 
 _PANEL = 16  # as in matmul.h
@@ -72,25 +73,23 @@ def panel_bytes(kind: str, out_features: int, in_features: int) -> int:
 
 
 def _pack_bf16(weight: torch.Tensor) -> torch.Tensor:
-    out_features, in_features = weight.shape
-    panels = torch.empty(panel_bytes("bfloat16", out_features, in_features), dtype=torch.uint8)
-    _library().lepton_pack_bf16(address(weight), *_sizes(weight), address(panels), _threads())
+    panels = fresh_zeros((panel_bytes("bfloat16", *weight.shape),), torch.uint8)
+    _library().lepton_pack_bf16(weight.data_ptr(), *weight.shape, panels.data_ptr(), torch.get_num_threads())
     return panels
 
 
 def _pack_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    out_features, in_features = weight.shape
-    scales = torch.empty(-(-out_features // _PANEL) * _PANEL)
-    panels = torch.empty(panel_bytes("int8", out_features, in_features) - scales.nbytes, dtype=torch.int8)
-    kind = ctypes.c_int64(KINDS[weight.dtype])
-    _library().lepton_pack_int8(address(weight), kind, *_sizes(weight), address(panels), address(scales), _threads())
+    scales = torch.empty(-(-weight.shape[0] // _PANEL) * _PANEL)
+    panels = fresh_zeros((panel_bytes("int8", *weight.shape) - scales.nbytes,), torch.int8)
+    matrix, places = (weight.data_ptr(), KINDS[weight.dtype], *weight.shape), (panels.data_ptr(), scales.data_ptr())
+    _library().lepton_pack_int8(*matrix, *places, torch.get_num_threads())
     return panels, scales
 
 
 def _pack_int4(weight: torch.Tensor, kind: str) -> torch.Tensor:
-    panels = torch.empty(panel_bytes(kind, *weight.shape), dtype=torch.uint8)
-    numbers = (ctypes.c_int64(KINDS[weight.dtype]), *_sizes(weight), ctypes.c_int64(INT4_GROUPS[kind]))
-    _library().lepton_pack_int4(address(weight), *numbers, address(panels), _threads())
+    panels = fresh_zeros((panel_bytes(kind, *weight.shape),), torch.uint8)
+    matrix = (weight.data_ptr(), KINDS[weight.dtype], *weight.shape, INT4_GROUPS[kind])
+    _library().lepton_pack_int4(*matrix, panels.data_ptr(), torch.get_num_threads())
     return panels
 
 
@@ -99,11 +98,3 @@ def _library() -> ctypes.CDLL:
     if library is None:
         raise RuntimeError("the compiled kernels are not there: ask `native_library` first")
     return library
-
-
-def _sizes(weight: torch.Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64]:
-    return ctypes.c_int64(weight.shape[0]), ctypes.c_int64(weight.shape[1])
-
-
-def _threads() -> ctypes.c_int64:
-    return ctypes.c_int64(torch.get_num_threads())

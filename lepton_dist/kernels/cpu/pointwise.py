@@ -9,16 +9,16 @@ import ctypes
 
 import torch
 
-from lepton_dist.kernels.cpu.native import KINDS, address, has_heads_side_by_side, native_library
+from lepton_dist.kernels.cpu.native import KINDS, has_heads_side_by_side, native_library
 
 _MAX_HALF = 256  # channels of half a head, as in pointwise.c
-_I = ctypes.c_int64
 
 
 def library_for(*tensors: torch.Tensor) -> ctypes.CDLL | None:
     """The compiled kernels, if they are there and take tensors of these dtypes on this device."""
-    if any(tensor.device.type != "cpu" or tensor.dtype not in KINDS for tensor in tensors):
-        return None
+    for tensor in tensors:
+        if tensor.dtype not in KINDS or not tensor.is_cpu:
+            return None
     return native_library()
 
 
@@ -32,19 +32,8 @@ def rms_norm(
 ) -> torch.Tensor:
     """hidden float32 [tokens, dim] += delta, in place; its norm in `dtype`. All contiguous, delta of `dtype`."""
     y = torch.empty(hidden.shape, dtype=dtype)
-    rows, dim = hidden.shape
-    kind, threads = _I(KINDS[dtype]), _I(torch.get_num_threads())
-    library.lepton_rms_norm(
-        address(hidden),
-        address(delta),
-        address(weight),
-        address(y),
-        _I(rows),
-        _I(dim),
-        kind,
-        ctypes.c_float(eps),
-        threads,
-    )
+    places = (hidden.data_ptr(), None if delta is None else delta.data_ptr(), weight.data_ptr(), y.data_ptr())
+    library.lepton_rms_norm(*places, *hidden.shape, KINDS[dtype], eps, torch.get_num_threads())
     return y
 
 
@@ -52,9 +41,7 @@ def gated_silu(library: ctypes.CDLL, x: torch.Tensor) -> torch.Tensor:
     """x [tokens, 2 ffn], contiguous -> silu(gate) * up [tokens, ffn]."""
     rows, ffn = x.shape[0], x.shape[1] // 2
     y = x.new_empty((rows, ffn))
-    library.lepton_gated_silu(
-        address(x), address(y), _I(rows), _I(ffn), _I(KINDS[x.dtype]), _I(torch.get_num_threads())
-    )
+    library.lepton_gated_silu(x.data_ptr(), y.data_ptr(), rows, ffn, KINDS[x.dtype], torch.get_num_threads())
     return y
 
 
@@ -65,11 +52,8 @@ def can_rotate(x: torch.Tensor, half: int) -> bool:
 
 def rotate(library: ctypes.CDLL, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """Rotate x [tokens, heads, head_dim] in place; cos, sin float32 [tokens, 1, half], contiguous."""
-    rows, heads, dim = x.shape
-    sizes = (_I(rows), _I(heads), _I(dim), _I(cos.shape[-1]), _I(x.stride(0)))
-    library.lepton_rotate(
-        address(x), address(cos), address(sin), *sizes, _I(KINDS[x.dtype]), _I(torch.get_num_threads())
-    )
+    places = (x.data_ptr(), cos.data_ptr(), sin.data_ptr())
+    library.lepton_rotate(*places, *x.shape, cos.shape[-1], x.stride(0), KINDS[x.dtype], torch.get_num_threads())
 
 
 def write_cache(
@@ -84,9 +68,6 @@ def write_cache(
 
     keys, values [blocks, kv_heads, block_tokens, head_dim]; a slot is block * block_tokens + place in the block.
     """
-    rows, heads, dim = key.shape
-    sizes = (_I(rows), _I(heads), _I(dim), _I(keys.shape[2]), _I(key.stride(0)))
-    kinds = (_I(KINDS[key.dtype]), _I(KINDS[keys.dtype]))
-    library.lepton_write_cache(
-        address(key), address(value), address(slots), address(keys), address(values), *sizes, *kinds
-    )
+    places = (key.data_ptr(), value.data_ptr(), slots.data_ptr(), keys.data_ptr(), values.data_ptr())
+    kinds = (KINDS[key.dtype], KINDS[keys.dtype])
+    library.lepton_write_cache(*places, *key.shape, keys.shape[2], key.stride(0), *kinds)
