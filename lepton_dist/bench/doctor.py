@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import msgspec
 
 from lepton_dist.bench.doctor_check import Check, table
+from lepton_dist.bench.doctor_devices import check_devices
 from lepton_dist.bench.doctor_links import check_links
 from lepton_dist.bench.doctor_local import check_mpi_alone, check_output
 from lepton_dist.bench.doctor_machine import Site, check_machines
@@ -62,6 +63,7 @@ def find(site: Site, facts: list[RankFacts], config: DoctorConfig) -> list[Check
     checks = check_machines(site, facts)
     if len(site.hosts) == 1:
         checks.insert(1, check_mpi_alone())
+    checks.append(check_devices(site, facts))
     checks += check_links(site, facts)
     if config.output is not None:
         checks.append(check_output(config.output))

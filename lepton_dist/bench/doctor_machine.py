@@ -1,4 +1,4 @@
-"""`doctor` on the machines: software, launcher, nodes, cores, memory, shared memory, devices. Facts in, checks out."""
+"""`doctor` on the machines: software, launcher, nodes, cores, memory, shared memory. Facts in, checks out."""
 
 from __future__ import annotations
 
@@ -44,7 +44,6 @@ def check_machines(site: Site, facts: Sequence[RankFacts]) -> list[Check]:
         check_cores(site, facts),
         check_memory(site, facts),
         check_shared_memory(site, facts),
-        check_devices(site, facts),
     ]
 
 
@@ -173,12 +172,3 @@ def check_shared_memory(site: Site, facts: Sequence[RankFacts]) -> Check:
     if len(site.hosts) == len(site.ranks_of_nodes):
         return Check("shared memory", "OK", f"{found}; not needed with one rank a node")
     return Check("shared memory", "OK", f"{found}; the ranks of a node share a window")
-
-
-def check_devices(site: Site, facts: Sequence[RankFacts]) -> Check:
-    """GPUs, which this version does not use."""
-    with_gpus = [fact for fact in facts if fact.gpus]
-    if not with_gpus:
-        return Check("devices", "OK", "CPUs; this version has no GPU path")
-    found = f"{site.named(with_gpus[0].rank)} sees {with_gpus[0].gpus} GPU(s); this version has no GPU path"
-    return Check("devices", "WARN", found, "the job runs on the CPUs; a CPU node serves it as well")

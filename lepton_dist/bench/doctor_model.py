@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from lepton_dist.bench.doctor_check import Check, size
+from lepton_dist.bench.doctor_devices import bindings_of
 from lepton_dist.bench.doctor_machine import Site
 from lepton_dist.bench.inspect import world_size_of
 from lepton_dist.config.sampling import checkpoint_defaults
@@ -34,6 +35,8 @@ def check_plan(
     """Whether a plan (None: the one that would be chosen) fits the job and, where a model is named, its memory."""
     try:
         plan, document = load_plan_document(plan_file)
+        if plan is not None and plan.is_auto:
+            return Check("plan", "OK", f"{plan_file}: mesh: auto; `generate` plans for its input, inside the job")
         if model is None:
             return _check_size(site, plan or Plan.default(site.nodes), document)
         blueprint = _draw(model, plan or Plan.default(site.nodes), document, len(site.hosts))
@@ -113,21 +116,30 @@ def _check_memory(site: Site, facts: Sequence[RankFacts], blueprint: Blueprint, 
     kv_dtype: torch.dtype = getattr(torch, dtypes.kv_cache)
     tightest: tuple[int, Check] | None = None
     tokens: list[int] = []
+    try:
+        bindings = bindings_of(blueprint.plan, site, facts)
+    except ConfigError as error:
+        return Check("plan", "FAIL", str(error), "correct the plan's `device`, or the job's GPUs")
     for rank, seat in blueprint.seats.items():
+        binding, held = bindings[rank], weight_bytes(blueprint.table, seat, dtypes)
         budget = facts[rank].memory_bytes
+        if binding.gpu is not None:
+            budget = facts[rank].gpus[binding.gpu].free_bytes // binding.sharers
         geometry = blueprint.geometry(seat, kv_dtype)
         try:
-            blocks = num_blocks(blueprint, geometry, budget)
+            # On a GPU the session measures what is left; here it is what the weights leave.
+            is_gpu = binding.is_gpu
+            blocks = num_blocks(blueprint, geometry, max(budget - held, 0) if is_gpu else budget, is_left=is_gpu)
         except ConfigError as error:
             return Check(
                 "plan", "FAIL", f"{site.named(rank)}: {error}", "use more ranks a stage, or nodes with more memory"
             )
         tokens.append(blocks * geometry.block_tokens)
-        held, kv_bytes = weight_bytes(blueprint.table, seat, dtypes), blocks * geometry.block_bytes
+        kv_bytes = blocks * geometry.block_bytes
         left = budget - held - kv_bytes
         found = (
             f"{site.named(rank)} holds {size(held)} of weights ({dtypes.weights}) and {size(kv_bytes)} of KV cache, "
-            f"and may use {size(budget)}"
+            f"and may use {size(budget)}" + ("" if binding.gpu is None else f" of GPU {binding.gpu}")
         )
         if tightest is None or left < tightest[0]:
             tightest = left, _verdict(found, left)

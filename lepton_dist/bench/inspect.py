@@ -28,7 +28,7 @@ _HEADINGS = (
 
 def world_size_of(plan: Plan) -> int:
     """The smallest world that a plan can run on."""
-    return plan.mesh.size if plan.mesh is not None else max(plan.ranks) + 1
+    return plan.mesh.size if plan.mesh is not None else max(plan.ranks, default=0) + 1
 
 
 def seat_table(blueprint: Blueprint, dtypes: Dtypes) -> str:

@@ -52,14 +52,15 @@ def shaped_model(name: str, folder: Path, seed: int = 0) -> Path:
             directory.mkdir(parents=True, exist_ok=True)
             _write_weights(directory / "model.safetensors", SHAPES[name], seed)
             draft = directory / "config.json.new"
-            draft.write_text(json.dumps(_config(SHAPES[name]), indent=1), encoding="utf-8")
+            draft.write_text(json.dumps(shape_config(SHAPES[name]), indent=1), encoding="utf-8")
             draft.replace(directory / "config.json")
     except OSError as error:
         raise UsageError(f"{directory}: the model cannot be written: {error.strerror}") from None
     return directory
 
 
-def _config(shape: LlamaShape) -> dict[str, object]:
+def shape_config(shape: LlamaShape, max_positions: int = 4096) -> dict[str, object]:
+    """The config.json of a shape."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -71,7 +72,7 @@ def _config(shape: LlamaShape) -> dict[str, object]:
         "num_key_value_heads": shape.kv_heads,
         "head_dim": shape.head_dim,
         "vocab_size": shape.vocab,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": max_positions,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
         "tie_word_embeddings": False,

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import statistics
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from lepton_dist.coordinator.cluster import Cluster
 from lepton_dist.coordinator.cluster_document import read_cluster
 from lepton_dist.coordinator.cost_model import CostModel
-from lepton_dist.coordinator.decisions import Write
 from lepton_dist.coordinator.simulator import Simulated, Simulator, kv_blocks
 from lepton_dist.coordinator.timeline import chrome_trace
-from lepton_dist.coordinator.workload import RequestLengths, read_workload
+from lepton_dist.coordinator.workload import RequestLengths
+from lepton_dist.coordinator.workload_file import read_workload
 from lepton_dist.errors import ConfigError, UsageError
 from lepton_dist.plan.plan import Plan
 from lepton_dist.plan.precision import decide_dtypes
+from lepton_dist.runtime.decision_log import decision_log
 from lepton_dist.runtime.opening import load_plan_document
 from lepton_dist.runtime.session import Blueprint
 
@@ -40,13 +40,7 @@ class Simulation:
         Raises:
             UsageError: the log cannot be written, or a request does not fit.
         """
-        with ExitStack() as stack:
-            write: Write | None = None
-            if decisions is not None:
-                try:
-                    write = stack.enter_context(Path(decisions).open("w", encoding="utf-8")).write
-                except OSError as error:
-                    raise UsageError(f"{decisions}: cannot be written: {error.strerror}") from None
+        with decision_log(decisions) as write:
             return Simulator(self.plan, self.costs, self.num_blocks, write=write).run(self.workload)
 
 

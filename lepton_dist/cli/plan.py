@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from lepton_dist.bench.planning import check_writable, described, estimated, load_target, write_plan
+from lepton_dist.bench.planning import load_target, write_plan
+from lepton_dist.coordinator.estimate import estimated
+from lepton_dist.coordinator.plan_text import described
 from lepton_dist.coordinator.planner import OBJECTIVES, rank_plans
 from lepton_dist.errors import UsageError
 from lepton_dist.plan.document import DTYPES, WIRES, plan_to_yaml
 from lepton_dist.plan.plan import EngineLimits, Precision
 from lepton_dist.plan.precision import QUANTIZED
+from lepton_dist.storage.outputs import check_writable
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +53,7 @@ def run_command(options: argparse.Namespace) -> int:
     target, notes = load_target(options.model, options.cluster, options.workload, precision, limits, lengths)
     plans = rank_plans(target, options.objective)
     print(described(target, plans, notes))
-    plan = estimated(target, plans[0], options.objective, precision)
+    plan = estimated(target, plans[0], options.objective, precision, options.cluster)
     if options.output:
         write_plan(options.output, plan)
         print(f"\nplan 1 is written: {options.output}")

@@ -7,10 +7,13 @@ import sys
 import time
 from pathlib import Path
 
-from lepton_dist.bench.profile import make_cluster, summary
-from lepton_dist.coordinator.cluster_document import check_writable, write_cluster
+from lepton_dist.bench.profile import summary
+from lepton_dist.coordinator.cluster_document import write_cluster
+from lepton_dist.runtime.compute import KINDS
 from lepton_dist.runtime.controller import Controller
+from lepton_dist.runtime.profiling import make_cluster
 from lepton_dist.runtime.run import run
+from lepton_dist.storage.outputs import check_writable
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +35,7 @@ def run_command(options: argparse.Namespace) -> int:
 def _profile(controller: Controller, name: str, output: Path) -> int:
     start_s = time.perf_counter()
     check_writable(output)
-    facts = controller.examine(measures=True)
+    facts = controller.examine(kinds=KINDS)
     world = controller.world
     cluster = make_cluster(name, world.hosts, world.nodes, facts)
     write_cluster(cluster, output)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lepton_dist.comm.select import Choice, Table, default_table
 from lepton_dist.comm.tensors import ReduceOp, check_movable, check_reducible
-from lepton_dist.comm.transport import AllReduceRoutine, Handle, Links, Transport
+from lepton_dist.comm.transport import AllReduceRoutine, Handle, Links, PointToPoint, Transport
 
 # Routines that are kept, one for each (dtype, shape, op); beyond this many shapes they are made anew.
 _MAX_ROUTINES = 512
@@ -22,10 +22,11 @@ MAX_TAG = 8191
 class Group:
     """An ordered set of world ranks, of which this process is one.
 
-    Tensors are CPU tensors of the dtypes in `comm.tensors.SUPPORTED`. Every member calls the same operations in the
-    same order, with tensors of the same shape and dtype. Reductions combine in the order of ranks, keep sums of
-    16-bit floats in float32 and round once, and give the same bits on every rank. Every wait ends with a
-    `RankLostError` when the world's patience is over. `num_nodes` counts the nodes that the members lie on.
+    Tensors are of the dtypes in `comm.tensors.SUPPORTED`: on the CPU, or on a GPU once `serve_gpu` has said what
+    carries them. Every member calls the same operations in the same order, with tensors of the same shape and dtype.
+    Reductions combine in the order of ranks (NCCL's in its own), keep sums of 16-bit floats in float32 and round once,
+    and give the same bits on every rank. Every wait ends with a `RankLostError` when the world's patience is over.
+    `num_nodes` counts the nodes that the members lie on.
     """
 
     def __init__(self, name: str, members: Sequence[int], rank: int, links: Links, num_nodes: int = 1) -> None:
@@ -39,6 +40,17 @@ class Group:
         self._transports = dict(links.transports)
         self._routines: dict[tuple[torch.dtype, torch.Size, str], AllReduceRoutine] = {}
         self._table: Table | None = default_table(self._transports) if self._transports else None
+        self._gpu: Transport | None = None
+        self._gpu_messages: PointToPoint | None = None
+
+    def serve_gpu(self, transport: Transport, messages: PointToPoint) -> None:
+        """Carry this rank's GPU tensors too. Members may differ: what a CPU rank sends, a GPU rank may receive."""
+        self._gpu, self._gpu_messages = transport, messages
+
+    @property
+    def gpu_transport(self) -> str | None:
+        """The name of what carries GPU tensors; None where nothing does, or the group has one rank."""
+        return None if self._gpu is None else self._gpu.name
 
     @property
     def table(self) -> Table | None:
@@ -73,13 +85,14 @@ class Group:
         if self.size == 1:
             return tensor
         shape = tensor.shape
-        routine = self._routines.get((tensor.dtype, shape, op))
-        if routine is None:
-            routine = self._all_reduce_routine(tensor, op)
-        if tensor.is_contiguous() and tensor.is_cpu and not tensor.requires_grad:
+        if not tensor.is_cpu:
+            routine = self._gpu_all_reduce_routine(tensor, op)
+        else:
+            found = self._routines.get((tensor.dtype, shape, op))
+            routine = self._all_reduce_routine(tensor, op) if found is None else found
+        if tensor.is_contiguous() and not tensor.requires_grad:
             routine(tensor)
             return tensor
-        check_movable(tensor, "all_reduce")
         dense = tensor.detach().contiguous()
         routine(dense)
         if dense.data_ptr() != tensor.data_ptr():
@@ -99,6 +112,13 @@ class Group:
         self._routines[tensor.dtype, tensor.shape, op] = routine
         return routine
 
+    def _gpu_all_reduce_routine(self, tensor: Tensor, op: str) -> AllReduceRoutine:
+        self._check_movable(tensor, "all_reduce")
+        check_reducible(tensor.dtype, op, "all_reduce")
+        if tensor.numel() == 0:
+            return _nothing
+        return self._carrier("all_reduce", tensor).all_reduce(tensor.shape, tensor.dtype, op, "direct")
+
     def all_gather(self, tensor: Tensor) -> Tensor:
         """`tensor` [*shape] of every member -> a new tensor [size, *shape], in rank order.
 
@@ -110,10 +130,10 @@ class Group:
         """
         if self.size == 1:
             return tensor.unsqueeze(0)
-        check_movable(tensor, "all_gather")
-        out = torch.empty((self.size, *tensor.shape), dtype=tensor.dtype)
+        self._check_movable(tensor, "all_gather")
+        out = torch.empty((self.size, *tensor.shape), dtype=tensor.dtype, device=tensor.device)
         if tensor.numel():
-            self._carrier("all_gather", tensor.nbytes).all_gather(out, tensor.detach().contiguous())
+            self._carrier("all_gather", tensor).all_gather(out, tensor.detach().contiguous())
         return out
 
     def reduce_scatter(self, tensor: Tensor, op: ReduceOp = "sum") -> Tensor:
@@ -127,11 +147,11 @@ class Group:
         self._check_rows(tensor, "reduce_scatter")
         if self.size == 1:
             return tensor[0]
-        check_movable(tensor, "reduce_scatter")
+        self._check_movable(tensor, "reduce_scatter")
         check_reducible(tensor.dtype, op, "reduce_scatter")
-        out = torch.empty(tensor.shape[1:], dtype=tensor.dtype)
+        out = torch.empty(tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
         if tensor.numel():
-            self._carrier("reduce_scatter", tensor.nbytes).reduce_scatter(out, tensor.detach().contiguous(), op)
+            self._carrier("reduce_scatter", tensor).reduce_scatter(out, tensor.detach().contiguous(), op)
         return out
 
     def all_to_all(self, tensor: Tensor) -> Tensor:
@@ -145,10 +165,10 @@ class Group:
         self._check_rows(tensor, "all_to_all")
         if self.size == 1:
             return tensor
-        check_movable(tensor, "all_to_all")
-        out = torch.empty(tensor.shape, dtype=tensor.dtype)
+        self._check_movable(tensor, "all_to_all")
+        out = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         if tensor.numel():
-            self._carrier("all_to_all", tensor.nbytes).all_to_all(out, tensor.detach().contiguous())
+            self._carrier("all_to_all", tensor).all_to_all(out, tensor.detach().contiguous())
         return out
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
@@ -162,10 +182,10 @@ class Group:
         self._check_rank(root, "root")
         if self.size == 1:
             return tensor
-        check_movable(tensor, "broadcast")
+        self._check_movable(tensor, "broadcast")
         if tensor.numel():
             dense = tensor.detach().contiguous()
-            self._carrier("broadcast", tensor.nbytes).broadcast(dense, root)
+            self._carrier("broadcast", tensor).broadcast(dense, root)
             if dense.data_ptr() != tensor.data_ptr() and self.rank != root:
                 tensor.detach().copy_(dense)
         return tensor
@@ -178,9 +198,8 @@ class Group:
             TypeError: a dtype or device that cannot be carried.
         """
         self._check_peer(to, "to", tag)
-        check_movable(tensor, "isend")
-        assert self._messages is not None  # a group of one has no peer and was refused above
-        return self._messages.isend(tensor.detach().contiguous(), to, tag)
+        self._check_movable(tensor, "isend")
+        return self._post(tensor).isend(tensor.detach().contiguous(), to, tag)
 
     def irecv(self, tensor: Tensor, source: int, tag: int = 0) -> Handle:
         """Start receiving into `tensor` from group rank `source`. Do not read it before the handle is done.
@@ -190,14 +209,13 @@ class Group:
             TypeError: a dtype or device that cannot be carried.
         """
         self._check_peer(source, "source", tag)
-        check_movable(tensor, "irecv")
+        self._check_movable(tensor, "irecv")
         if not tensor.is_contiguous():
             raise ValueError(
                 f"irecv needs a contiguous tensor; this one has shape {tuple(tensor.shape)} and strides "
                 f"{tensor.stride()}: receive into a contiguous one and copy"
             )
-        assert self._messages is not None  # a group of one has no peer and was refused above
-        return self._messages.irecv(tensor.detach(), source, tag)
+        return self._post(tensor).irecv(tensor.detach(), source, tag)
 
     def barrier(self) -> None:
         """Return when every member has called it.
@@ -206,14 +224,24 @@ class Group:
             RankLostError: a member did not arrive before the deadline.
         """
         if self.size > 1:
-            self._carrier("barrier", 0).barrier()
+            self._transports[self._choose("barrier", 0).transport].barrier()
 
     def _choose(self, operation: str, num_bytes: int) -> Choice:
         assert self._table is not None  # only a group of one has no table, and it never chooses
         return self._table.choose(operation, num_bytes)
 
-    def _carrier(self, operation: str, num_bytes: int) -> Transport:
-        return self._transports[self._choose(operation, num_bytes).transport]
+    def _carrier(self, operation: str, tensor: Tensor) -> Transport:
+        if self._gpu is not None and not tensor.is_cpu:
+            return self._gpu
+        return self._transports[self._choose(operation, tensor.nbytes).transport]
+
+    def _post(self, tensor: Tensor) -> PointToPoint:
+        messages = self._messages if tensor.is_cpu else self._gpu_messages
+        assert messages is not None  # a group of one has no peer, and other devices were refused before
+        return messages
+
+    def _check_movable(self, tensor: Tensor, operation: str) -> None:
+        check_movable(tensor, operation, has_gpu=self._gpu is not None)
 
     def _check_rows(self, tensor: Tensor, operation: str) -> None:
         if tensor.dim() == 0 or tensor.shape[0] != self.size:

@@ -20,16 +20,16 @@ _MOVES_ONLY = frozenset({torch.float8_e4m3fn, torch.float8_e5m2, torch.bool})
 SUPPORTED = _LOW_FLOATS | _EXACT_SUMS | _MOVES_ONLY
 
 
-def check_movable(tensor: Tensor, operation: str) -> None:
-    """Refuse what no CPU transport carries.
+def check_movable(tensor: Tensor, operation: str, *, has_gpu: bool = False) -> None:
+    """Refuse what no transport of a group carries; `has_gpu` says that it carries GPU tensors too.
 
     Raises:
-        TypeError: a dtype outside `SUPPORTED`, or a tensor that is not on the CPU.
+        TypeError: a dtype outside `SUPPORTED`, or a device that the group does not serve.
     """
     if tensor.dtype not in SUPPORTED:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in SUPPORTED))
         raise TypeError(f"{operation} cannot carry {tensor.dtype}; it carries {names}")
-    if not tensor.is_cpu:
+    if not (tensor.is_cpu or (has_gpu and tensor.is_cuda)):
         raise TypeError(f"{operation} got a tensor on {tensor.device}; only CPU tensors are carried: call .cpu() first")
 
 
@@ -79,17 +79,21 @@ def reduce_rows(rows: Sequence[Tensor], op: str, out: Tensor, scratch: Tensor | 
         combine(out, row, out=out)
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A new CPU tensor that may be kept and written in any grad mode: one made under inference mode may not."""
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """A new tensor, on the CPU by default, that may be kept and written in any grad mode.
+
+    One made under inference mode may not.
+    """
     with torch.inference_mode(False):
-        return torch.empty(tuple(shape), dtype=dtype)
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
 class Scratch:
-    """One buffer that grows and is used again, so that steady operation allocates nothing."""
+    """One buffer that grows and is used again, so that steady operation allocates nothing. On the CPU by default."""
 
-    def __init__(self) -> None:
-        self._bytes = empty([0], torch.uint8)
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
+        self._bytes = empty([0], torch.uint8, device)
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor [*shape]; valid until the next `take`."""
@@ -98,5 +102,5 @@ class Scratch:
             count *= length
         needed = count * dtype.itemsize
         if self._bytes.numel() < needed:
-            self._bytes = empty([needed], torch.uint8)
+            self._bytes = empty([needed], torch.uint8, self._device)
         return self._bytes[:needed].view(dtype).view(tuple(shape))

@@ -48,16 +48,17 @@ class Packets:
         return -(-count * (2 + width) // 2) * 2
 
     @staticmethod
-    def empty(num: int, count: int, width: int) -> Packets:
-        """Packets that are still to be written or received."""
-        return Packets(torch.empty((num, Packets.num_bytes(count, width)), dtype=torch.uint8), count, width)
+    def empty(num: int, count: int, width: int, device: torch.device | None = None) -> Packets:
+        """Packets that are still to be written or received, on the CPU by default."""
+        memory = torch.empty((num, Packets.num_bytes(count, width)), dtype=torch.uint8, device=device)
+        return Packets(memory, count, width)
 
 
 class Codec:
     """Writes packets and reads them; its buffers are used again, for fresh ones of some MB cost more than the work."""
 
-    def __init__(self) -> None:
-        self._wide, self._room = Scratch(), Scratch()
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._wide, self._room = Scratch(device), Scratch(device)
 
     def write(self, packets: Packets, values: Tensor) -> None:
         """Quantise `values` [num, count, width] of any float dtype. A group with a NaN or an infinity becomes NaN."""
@@ -92,8 +93,9 @@ class Codec:
 class Int8AllReduce:
     """The sum of activations over a group, int8 on the wire; short messages are summed as they are."""
 
-    def __init__(self, group: Group) -> None:
-        self._group, self._codec, self._padded = group, Codec(), Scratch()
+    def __init__(self, group: Group, device: torch.device | None = None) -> None:
+        self._group, self._device = group, device
+        self._codec, self._padded = Codec(device), Scratch(device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [tokens, channels] of any float dtype -> the sum over the group, in place where x is contiguous.
@@ -113,7 +115,8 @@ class Int8AllReduce:
             parts[:count].copy_(values)
         parts = parts.view(size, share, width)
         # Each part goes to the rank that adds it up, and the sums come back.
-        outgoing, mine = Packets.empty(size, share, width), Packets.empty(1, share, width)
+        outgoing = Packets.empty(size, share, width, self._device)
+        mine = Packets.empty(1, share, width, self._device)
         self._codec.write(outgoing, parts)
         arrived = Packets(self._group.all_to_all(outgoing.memory), share, width)
         self._codec.write(mine, self._codec.sum(arrived))
@@ -143,12 +146,12 @@ class Wire(Protocol):
 class PlainWire:
     """Activations in a float dtype."""
 
-    def __init__(self, channels: int, dtype: torch.dtype) -> None:
-        self._channels, self._dtype = channels, dtype
+    def __init__(self, channels: int, dtype: torch.dtype, device: torch.device | None) -> None:
+        self._channels, self._dtype, self._device = channels, dtype, device
 
     def buffer(self, num_tokens: int) -> Tensor:
         """See `Wire`."""
-        return torch.empty((num_tokens, self._channels), dtype=self._dtype)
+        return torch.empty((num_tokens, self._channels), dtype=self._dtype, device=self._device)
 
     def pack(self, hidden: Tensor) -> Tensor:
         """See `Wire`."""
@@ -162,9 +165,9 @@ class PlainWire:
 class Int8Wire:
     """Activations as a packet."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, device: torch.device | None) -> None:
         self._channels, self._width = channels, group_channels(channels)
-        self._codec = Codec()
+        self._device, self._codec = device, Codec(device)
 
     def buffer(self, num_tokens: int) -> Tensor:
         """See `Wire`."""
@@ -179,14 +182,14 @@ class Int8Wire:
     def unpack(self, buffer: Tensor) -> Tensor:
         """See `Wire`."""
         packet = Packets(buffer, buffer.numel() // (2 + self._width), self._width)
-        hidden = torch.empty(packet.codes.shape)
+        hidden = torch.empty(packet.codes.shape, device=self._device)
         self._codec.read(packet, hidden)
         return hidden.view(-1, self._channels)
 
     def _packet(self, num_values: int) -> Packets:
-        return Packets.empty(1, num_values // self._width, self._width)
+        return Packets.empty(1, num_values // self._width, self._width, self._device)
 
 
-def make_wire(channels: int, dtype: torch.dtype) -> Wire:
-    """The wire of a plan's `precision.wire`: int8, or a float dtype."""
-    return Int8Wire(channels) if dtype == torch.int8 else PlainWire(channels, dtype)
+def make_wire(channels: int, dtype: torch.dtype, device: torch.device | None = None) -> Wire:
+    """The wire of a plan's `precision.wire`: int8, or a float dtype; its tensors are on the CPU by default."""
+    return Int8Wire(channels, device) if dtype == torch.int8 else PlainWire(channels, dtype, device)

@@ -15,7 +15,9 @@ from lepton_dist.errors import ConfigError, RequestError, UsageError
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """One batch run. `plan` is a path; `sampling` holds the fields that the user gave; times are seconds."""
+    """One batch run. `plan` and `decision_log` are paths; `sampling` holds the fields that the user gave; times are
+    seconds. `decision_log` has no option: it is for those who look into the balancer.
+    """
 
     model: str
     input: str
@@ -28,6 +30,7 @@ class GenerateConfig:
     overwrite: bool = False
     retry_errors: bool = False
     show: bool = False
+    decision_log: str | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -43,8 +46,9 @@ _TYPES: Mapping[str, type] = {
     "overwrite": bool,
     "retry_errors": bool,
     "show": bool,
+    "decision_log": str,
 }
-_PATHS = ("model", "input", "output", "plan")
+_PATHS = ("model", "input", "output", "plan", "decision_log")
 
 
 def load_generate_config(run_file: str | None, options: Mapping[str, Any]) -> GenerateConfig:

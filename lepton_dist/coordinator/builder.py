@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lepton_dist.coordinator.cost_model import CostModel
 from lepton_dist.coordinator.partition import LayerCost, choose_shares, divide_layers
 from lepton_dist.coordinator.pools import Pool, Seating, Shape, as_replica
-from lepton_dist.coordinator.pricing import Target, request_s
+from lepton_dist.coordinator.pricing import Target, rough_request_s
 from lepton_dist.coordinator.stage_cost import StageCost
 from lepton_dist.engine.work import StepWork
 from lepton_dist.plan.axes import shard_axes
@@ -82,8 +82,8 @@ class Builder:
         use = [0] * len(self._pools)
         for segment in shape:
             use[segment.pool] += segment.width * segment.count
-        batch_s = {asked: request_s(self._target, costs, 0, min(asked, batch)) for asked in batches}
-        alone_s = request_s(self._target, costs, 0, 1)
+        batch_s = {asked: rough_request_s(self._target, costs, min(asked, batch)) for asked in batches}
+        alone_s = rough_request_s(self._target, costs, 1)
         cost_s = alone_s if for_latency else batch_s[max(batches)]
         return Built(shape, tuple(layers), tuple(shares), tuple(use), batch_s, alone_s, cost_s)
 
@@ -95,7 +95,7 @@ class Builder:
         self, groups: list[tuple[int, ...]], batch: int, for_latency: bool, by_speed: bool
     ) -> tuple[list[int], list[tuple[float, ...]]] | None:
         target, num_layers = self._target, self._target.model.shape.num_layers
-        work = target.demand.mean_step(batch, 1 if for_latency else len(groups), target.limits)
+        work = target.workload.mean_step(batch, 1 if for_latency else len(groups), target.limits)
         shares = [self._shares_of(ranks, work) if by_speed else (1.0,) * len(ranks) for ranks in groups]
         costs, missing = [], 0.0
         before: tuple[int, ...] = ()

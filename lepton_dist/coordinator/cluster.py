@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lepton_dist.errors import ConfigError
+from lepton_dist.plan.precision import INT4_GROUPS
 
 # A host whose rate is this much under the median of its twins is named; twins differ less than this in memory.
 SLOWER_BY = 0.15
@@ -44,11 +45,12 @@ class Matmul:
     rates: Mapping[str, Curve]
 
     def flops_per_s(self, dtype: str, width: float) -> float:
-        """The rate at this width; where `dtype` was not measured, the best that a measured dtype reaches at any width.
+        """The rate at this width, int4 in other groups as int4.
 
-        The latter leaves out how fast the weights are read, which depends on their bytes: that is a term of its own.
+        Where `dtype` was not measured it is the best that a measured one reaches at any width. That leaves out how fast
+        the weights are read, which depends on their bytes and is a term of its own.
         """
-        curve = self.rates.get(dtype)
+        curve = self.rates.get(dtype, self.rates.get("int4") if dtype in INT4_GROUPS else None)
         if curve is None:
             return max(rate for other in self.rates.values() for _, rate in other)
         return interpolate(curve, width)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any
 import yaml
 
 from lepton_dist.coordinator.cluster import AllReduce, Cluster, Curve, Link, Matmul, RankProfile
+from lepton_dist.coordinator.ranges import format_ranks, parse_ranks
 from lepton_dist.documents import Document, parse_yaml, read_yaml
-from lepton_dist.errors import OutputError
+from lepton_dist.storage.outputs import write_output
 
 _KEYS = ("name", "kinds", "hosts", "links")
 _RATES = ("memory_bytes_per_s", "attention_bytes_per_s", "attention_flops_per_s")
@@ -21,7 +21,6 @@ _SECONDS = ("step_s", "layer_s", "sequence_s", "element_s", "logit_s")
 _KIND_KEYS = ("device", "threads", "memory_bytes", *_RATES, *_SECONDS, "matmul_flops_per_s")
 _LINKS = ("within_node", "between_nodes", "pairs", "within_reduce", "between_reduce")
 _DIGITS = 4
-_RANGE = re.compile(r"\s*([0-9]+)(?:-([0-9]+))?\s*")
 
 
 def read_cluster(path: str | os.PathLike[str]) -> Cluster:
@@ -44,25 +43,7 @@ def write_cluster(cluster: Cluster, path: str | os.PathLike[str]) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    check_writable(path)
-    try:
-        Path(path).write_text(cluster_to_yaml(cluster), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Make the folder of a file that is to be written, and see whether the file could be.
-
-    Raises:
-        OutputError: it could not.
-    """
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with Path(path).open("a", encoding="utf-8"):
-            pass
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
+    write_output(path, cluster_to_yaml(cluster))
 
 
 def cluster_to_yaml(cluster: Cluster) -> str:
@@ -75,7 +56,7 @@ def cluster_to_yaml(cluster: Cluster) -> str:
         values.setdefault(kind, _kind_values(profile))
         hosts.setdefault((profile.host, profile.node, kind), []).append(profile.rank)
     listing = [
-        {"host": host, "node": node, "kind": kind, "ranks": _ranges(ranks)}
+        {"host": host, "node": node, "kind": kind, "ranks": format_ranks(ranks)}
         for (host, node, kind), ranks in hosts.items()
     ]
     links: dict[str, Any] = {name: _link_values(getattr(cluster, name)) for name in ("within_node", "between_nodes")}
@@ -106,27 +87,6 @@ def _curve_values(curve: Curve) -> dict[int, float]:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.{_DIGITS - 1}e}")
-
-
-def _ranges(ranks: list[int]) -> str:
-    """Ranks as ``0-3, 8``."""
-    parts: list[list[int]] = []
-    for rank in sorted(ranks):
-        if parts and rank == parts[-1][1] + 1:
-            parts[-1][1] = rank
-        else:
-            parts.append([rank, rank])
-    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in parts)
-
-
-def _parse_ranges(document: Document, value: Any, key: str) -> list[int]:
-    found: list[int] = []
-    for part in str(value).split(","):
-        match = _RANGE.fullmatch(part)
-        if match is None:
-            raise document.error(key, f"must be ranks such as `0-3, 8`, not {value!r}")
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return found
 
 
 def cluster_from_document(document: Document) -> Cluster:
@@ -190,7 +150,11 @@ def _seat_host(
     if entry["kind"] not in kinds:
         raise document.error(f"{key}.kind", f"{entry['kind']!r} is not among the kinds: {', '.join(kinds)}")
     node = _whole(document, entry["node"], f"{key}.node", least=0)
-    for number in _parse_ranges(document, entry["ranks"], f"{key}.ranks"):
+    try:
+        numbers = parse_ranks(str(entry["ranks"]))
+    except ValueError as error:
+        raise document.error(f"{key}.ranks", str(error)) from None
+    for number in numbers:
         if number in ranks:
             raise document.error(f"{key}.ranks", f"rank {number} is already on host {ranks[number].host!r}")
         ranks[number] = replace(kinds[entry["kind"]], rank=number, host=str(entry["host"]), node=node)

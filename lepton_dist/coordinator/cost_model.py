@@ -24,10 +24,11 @@ _SETTLE_EVERY = 8  # steps between two looks at which prediction is the better; 
 
 
 class ReplicaCost:
-    """The stages of one replica."""
+    """The stages of one replica; a message between rank 0 and its leader takes `reach_s`."""
 
-    def __init__(self, stages: list[StageCost], command_s: float) -> None:
+    def __init__(self, stages: list[StageCost], command_s: float, reach_s: float = 0.0) -> None:
         self.stages = tuple(stages)
+        self.reach_s = reach_s
         self._command_s = command_s
 
     def interval(self, work: StepWork, in_flight: int | None = None) -> Terms:
@@ -79,13 +80,17 @@ def _sum(terms: list[Terms]) -> Terms:
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative errors |predicted - measured| / measured over the last steps: prior, and with what was learned."""
+    """Relative errors |predicted - measured| / measured over the last steps: prior, and with what was learned.
+
+    `uses_prior` says that the model has fallen back to its prior, which was the better one (or nothing is judged yet).
+    """
 
     num_steps: int
     prior_median: float
     prior_p95: float
     learned_median: float
     learned_p95: float
+    uses_prior: bool
 
 
 @dataclass(frozen=True)
@@ -166,8 +171,9 @@ class CostModel:
         if not seen:
             return None
         prior, learned = (sorted(values) for values in zip(*seen, strict=True))
-        high = min(len(seen) - 1, int(0.95 * len(seen)))
-        return Errors(len(seen), statistics.median(prior), prior[high], statistics.median(learned), learned[high])
+        high, uses_prior = min(len(seen) - 1, int(0.95 * len(seen))), not self._learned[replica].is_better
+        middle = statistics.median(prior), statistics.median(learned)
+        return Errors(len(seen), middle[0], prior[high], middle[1], learned[high], uses_prior)
 
     def table(self, replica: int) -> list[TermRow]:
         """The terms in the mean of the last observed steps; empty before the first."""
@@ -230,4 +236,5 @@ def _replica_cost(
     # The command of a step goes to every rank, and the result of the last stage back to the leader.
     first, last = replica.stages[0].ranks, replica.stages[-1].ranks
     down = max(cluster.link(replica.leader, rank).latency_s for rank in first)
-    return ReplicaCost(stages, down + cluster.link(last[0], replica.leader).latency_s)
+    up = cluster.link(last[0], replica.leader).latency_s
+    return ReplicaCost(stages, down + up, cluster.link(0, replica.leader).latency_s)

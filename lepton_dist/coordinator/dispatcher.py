@@ -13,6 +13,7 @@ from lepton_dist.coordinator.decisions import LoggedBalancer, Write
 from lepton_dist.coordinator.lengths import LengthPredictor, RequestFeatures
 from lepton_dist.coordinator.prices import Demand, PriceLearner, Prices, Steps
 from lepton_dist.engine.request import Request
+from lepton_dist.engine.work import StepWork
 from lepton_dist.plan.plan import BalancerPolicy
 
 # How far ahead the balancer looks: it needs the longest requests early and short ones left for the end.
@@ -23,11 +24,9 @@ _GUESS_AGAIN = 2  # requests of the backlog whose lengths are predicted anew whe
 
 @dataclass(frozen=True, slots=True)
 class RanStep:
-    """A step that came back: tokens in it, sequences, rows sampled, and seconds since the one before."""
+    """A step that came back: what it asked for, and the seconds since the one before."""
 
-    tokens: int
-    samples: int
-    sequences: int
+    work: StepWork
     seconds: float
 
 
@@ -72,7 +71,7 @@ class Dispatcher:
         """A request has come in; its key must not be in use."""
         sampling = request.sampling
         has_stop = bool(sampling.stop or sampling.stop_token_ids)
-        features = RequestFeatures(request.prompt, sampling.max_tokens, has_stop, sampling.ignore_eos)
+        features = RequestFeatures(request.prompt, sampling.max_tokens, has_stop, sampling.ignore_eos, request.hint)
         self._has_news = True
         self._requests[request.key] = request, features
         self.balancer.add(request.key, self._demand(request, features))
@@ -100,8 +99,8 @@ class Dispatcher:
             self.balancer.started(key)
         if not steps:
             return
-        prompt_tokens = sum(_prompt_tokens(step) for step in steps)
-        samples = sum(step.samples for step in steps)
+        prompt_tokens = sum(_prompt_tokens(step.work) for step in steps)
+        samples = sum(step.work.samples for step in steps)
         together = Steps(len(steps), prompt_tokens, samples, sum(step.seconds for step in steps))
         self.balancer.measured(replica, together)
         self._learner.observe(together, self.balancer.speed(replica))
@@ -152,9 +151,9 @@ def _logged(write: Write) -> Callable[..., Balancer]:
     return make
 
 
-def _prompt_tokens(step: RanStep) -> int:
+def _prompt_tokens(work: StepWork) -> int:
     """Tokens of a step that are not the single new one of a sequence that decodes, about: who samples drew one."""
-    return max(step.tokens - step.samples, 0)
+    return max(work.tokens - work.samples, 0)
 
 
 def _differ(new: Prices, old: Prices) -> bool:

@@ -17,8 +17,10 @@ def water_level(loads: Sequence[Load], work_s: float, speed: float) -> float:
     That is the t with sum(max(0, t - seconds) * speed) = backlog. `work_s` are the reference seconds of the loads and
     of the backlog, `speed` is the sum of all speeds.
     """
-    late = [(load.seconds, load.speed.value) for load in loads if load.seconds > work_s / speed]
-    for seconds, own_speed in sorted(late, reverse=True):
+    level_s = work_s / speed
+    late = [(load.seconds, load.speed.value) for load in loads if load.seconds > level_s]
+    late.sort(reverse=True)
+    for seconds, own_speed in late:
         if seconds <= work_s / speed or speed <= own_speed:
             break
         work_s, speed = work_s - seconds * own_speed, speed - own_speed

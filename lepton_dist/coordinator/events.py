@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lepton_dist.engine.request import Request
@@ -28,7 +29,14 @@ class Result:
     version: int
 
 
-Event = Arrival | Result
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A message between rank 0 and a replica's leader arrives; `act` gets the time."""
+
+    act: Callable[[float], None]
+
+
+Event = Arrival | Result | Delivery
 
 
 class EventQueue:

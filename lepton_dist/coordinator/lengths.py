@@ -73,16 +73,19 @@ class LengthPredictor:
     def predict(self, features: RequestFeatures) -> float:
         """Tokens, at least 1 and at most `max_tokens`.
 
-        Without trust in the regression: the mean of the lengths seen, and before any, what the sender says.
+        Before the regression is judged: the sender's hint. Without trust in it, or a hint: the mean of the lengths
+        seen, and before any, `max_tokens`.
         """
         if features.known_tokens is not None:
             return float(features.known_tokens)
         if self.is_trusted:
             guess = self._scale * self._regress(_encode(features))
+        elif features.hint is not None and self._correlation is None:
+            guess = float(features.hint)
         elif self._lengths:
             guess = sum(self._lengths) / len(self._lengths)
         else:
-            guess = float(features.hint or features.max_tokens)
+            guess = float(features.max_tokens)
         return min(max(guess, 1.0), float(features.max_tokens))
 
     def learn(self, features: RequestFeatures, actual: int) -> None:

@@ -36,7 +36,8 @@ class Load:
     """One replica's requests: those queued at its leader, and those running.
 
     `work_s` are the reference seconds of all that it still has to do, `seconds` those that it needs for it if its slots
-    stay full.
+    stay full. `num_requests` are given and not finished; with `has_credit` it may be given one, which starts at once
+    with `has_slot`. While its speed is not known it has little credit.
 
     Args:
         slots: sequences that it runs at once.
@@ -55,28 +56,9 @@ class Load:
         self.queued_s = self.running_s = self.work_s = self.seconds = 0.0
         self._credit = credit
         self._drawn = 0.0  # tokens drawn by each running sequence since the beginning, in the mean
-        self._num_reports = 0
+        self._num_reports = self._num_running = 0  # sequences that run
         self._prices: Prices | None = None  # those of the last sum
-
-    @property
-    def num_requests(self) -> int:
-        """Requests given and not finished."""
-        return len(self.queued) + len(self.running)
-
-    @property
-    def credit(self) -> int:
-        """Requests that it may hold; few while its speed is not known."""
-        return self._credit if self.is_known else min(self._credit, _CAUTIOUS_CREDIT)
-
-    @property
-    def has_credit(self) -> bool:
-        """Whether it may be given a request."""
-        return self.num_requests < self.credit
-
-    @property
-    def has_slot(self) -> bool:
-        """Whether a request would start at once."""
-        return self.num_requests < min(self.slots, self.credit)
+        self._sum_up()
 
     def give(self, key: str, demand: Demand, prices: Prices) -> None:
         """It is given a request."""
@@ -92,6 +74,7 @@ class Load:
         self.asked.discard(key)
         self._subtract_queued(prices.work(demand, self.slots))
         self.running[key] = _Running(demand, self._drawn)
+        self._num_running += demand.num_samples
         self.running_s += demand.output_tokens * prices.share(self.slots)
         self._sum_up()
 
@@ -108,6 +91,7 @@ class Load:
             self._sum_up()
             return demand
         running = self.running.pop(key)
+        self._num_running -= running.demand.num_samples
         left = self._left(running) * prices.share(self.slots)
         self.running_s = max(self.running_s - left, 0.0) if self.running else 0.0
         self._sum_up()
@@ -117,9 +101,8 @@ class Load:
         """It has run some steps."""
         self.speed.measured(prices.steps(steps), steps.busy_s, steps.num_steps)
         self.is_known = True
-        num_sequences = sum(running.demand.num_samples for running in self.running.values())
-        if num_sequences:
-            self._drawn += steps.samples / num_sequences
+        if self._num_running:
+            self._drawn += steps.samples / self._num_running
         self._num_reports += 1
         if self._num_reports % _RESUM_EVERY and prices is self._prices:
             self.running_s = max(self.running_s - steps.samples * prices.share(self.slots), 0.0)
@@ -130,8 +113,11 @@ class Load:
     def reprice(self, prices: Prices) -> None:
         """Sum up anew what is left."""
         self._prices = prices
-        self.queued_s = sum(prices.work(demand, self.slots) for demand in self.queued.values())
-        self.running_s = sum(map(self._left, self.running.values())) * prices.share(self.slots)
+        share_s, prompt_s = prices.share(self.slots), prices.prompt_s
+        self.queued_s = 0.0
+        for demand in self.queued.values():
+            self.queued_s += demand.prompt_tokens * prompt_s + demand.output_tokens * share_s
+        self.running_s = sum(map(self._left, self.running.values())) * share_s
         self._sum_up()
 
     def _left(self, running: _Running) -> float:
@@ -145,6 +131,10 @@ class Load:
     def _sum_up(self) -> None:
         self.work_s = self.queued_s + self.running_s
         self.seconds = self.work_s / self.speed.value
+        # Plain attributes: they are asked for far more often than they change.
+        self.num_requests = count = len(self.queued) + len(self.running)
+        self.has_credit = count < self._credit and (self.is_known or count < _CAUTIOUS_CREDIT)
+        self.has_slot = self.has_credit and count < self.slots
 
     def _subtract_queued(self, work_s: float) -> None:
         self.queued_s = max(self.queued_s - work_s, 0.0) if self.queued else 0.0

@@ -14,7 +14,15 @@ from lepton_dist.coordinator.builder import Builder, Built
 from lepton_dist.coordinator.cost_model import CostModel
 from lepton_dist.coordinator.packing import Item, best_counts
 from lepton_dist.coordinator.pools import Pool, Seating, as_replica, kind_numbers, layouts
-from lepton_dist.coordinator.pricing import MEMORY_MARGIN, Priced, Target, fit_memory, request_s, simulated
+from lepton_dist.coordinator.pricing import (
+    MEMORY_MARGIN,
+    Priced,
+    Target,
+    fit_memory,
+    request_s,
+    rough_request_s,
+    simulated,
+)
 from lepton_dist.coordinator.shapes import mixed_shapes, uniform_shapes
 from lepton_dist.errors import UsageError
 from lepton_dist.plan.axes import ModelShape
@@ -91,9 +99,9 @@ def _merit(plan: Priced) -> float:
 def _batches(target: Target) -> list[int]:
     """Sequences that a replica may have to itself: as many as it takes, or its part of a small workload."""
     most = target.limits.max_sequences
-    if target.demand.is_endless:
+    if target.workload.is_endless:
         return [most]
-    count, ranks = len(target.demand.requests), len(target.cluster.ranks)
+    count, ranks = len(target.workload.requests), len(target.cluster.ranks)
     return sorted({max(1, min(most, -(-count // parts))) for parts in (1, ranks // 4 or 1, ranks)}, reverse=True)
 
 
@@ -172,17 +180,21 @@ class _Pricer:
         if fit is None:
             return None
         per_s, latency_s = 0.0, 0.0
-        for key, cost, capacity in zip(keys, costs, fit.capacity_tokens, strict=True):
-            batch = target.demand.batch(target.limits, capacity, len(replicas))
-            per_s += 1 / self._request_s(key, cost, batch)
-            latency_s = max(latency_s, self._request_s(key, cost, 1))
+        for item, key, cost, capacity in zip(replicas, keys, costs, fit.capacity_tokens, strict=True):
+            batch = target.workload.batch(target.limits, capacity, len(replicas))
+            per_s += 1 / self._request_s(item, key, cost, batch)
+            latency_s = max(latency_s, self._request_s(item, key, cost, 1))
         plan = Plan(replicas=replicas, engine=replace(target.limits, kv_cache_bytes=fit.kv_cache_bytes))
-        seconds = None if target.demand.is_endless else len(target.demand.requests) / per_s
-        return Priced(plan, fit, per_s * target.demand.output_tokens, latency_s, seconds)
+        seconds = None if target.workload.is_endless else len(target.workload.requests) / per_s
+        return Priced(plan, fit, per_s * target.workload.output_tokens, latency_s, seconds)
 
-    def _request_s(self, key: object, costs: CostModel, batch: int) -> float:
+    def _request_s(self, item: Replica, key: object, costs: CostModel, batch: int) -> float:
         if (key, batch) not in self._seconds:
-            self._seconds[key, batch] = request_s(self._target, costs, 0, batch)
+            # What is simulated in the end needs no more than its place among the others.
+            rough = self._target.is_short
+            self._seconds[key, batch] = (
+                rough_request_s(self._target, costs, batch) if rough else request_s(self._target, item, costs, batch)
+            )
         return self._seconds[key, batch]
 
     def _of(self, key: object, item: Replica) -> CostModel:
@@ -206,7 +218,7 @@ class _Pricer:
 
 def _what_is_missing(target: Target, missing: float) -> str:
     """How far the nearest plan is from fitting, and what would help."""
-    cluster, demand = target.cluster, target.demand
+    cluster, workload = target.cluster, target.workload
     whole = _whole_bytes(target)
     have = sum(target.usable_bytes(profile.rank) for profile in cluster.ranks)
     missing = max(missing, whole - have)
@@ -221,8 +233,8 @@ def _what_is_missing(target: Target, missing: float) -> str:
             break
     return (
         f"the model fits on no plan of {cluster.name!r}: {int(missing)} bytes are missing. Weights and the KV cache of "
-        f"one request of {demand.longest_tokens} tokens take {whole} bytes; {len(cluster.ranks)} rank(s) have {have}, "
-        f"a margin of {MEMORY_MARGIN:.0%} kept free. It would fit with {', or with '.join(help_with)}"
+        f"one request of {workload.longest_tokens} tokens take {whole} bytes; {len(cluster.ranks)} rank(s) have "
+        f"{have}, a margin of {MEMORY_MARGIN:.0%} kept free. It would fit with {', or with '.join(help_with)}"
     )
 
 

@@ -58,7 +58,7 @@ class Prices:
 
     def work(self, demand: Demand, slots: int) -> float:
         """Seconds of the replica that a request takes when `slots` sequences share each step."""
-        return demand.prompt_tokens * self.prompt_s + demand.output_tokens * self.share(slots)
+        return demand.prompt_tokens * self.prompt_s + demand.output_tokens * (self.step_s / slots + self.sample_s)
 
 
 class PriceLearner:

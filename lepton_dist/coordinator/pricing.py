@@ -1,4 +1,4 @@
-"""What a plan, or a single replica, does for a demand: memory first, then the cost model's price. Pure."""
+"""What a plan, or a single replica, does for a workload: memory first, then the cost model's price. Pure."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 
 from lepton_dist.coordinator.cluster import Cluster
 from lepton_dist.coordinator.cost_model import CostModel, ReplicaCost
-from lepton_dist.coordinator.demand import Demand
+from lepton_dist.coordinator.pipeline_price import pipeline_request_s
 from lepton_dist.coordinator.simulator import Simulator
 from lepton_dist.coordinator.stage_cost import ModelCost
+from lepton_dist.coordinator.workload import Workload
 from lepton_dist.engine.work import StepWork
 from lepton_dist.plan.plan import EngineLimits, Plan, Replica
 
@@ -30,7 +31,7 @@ class Target:
     cluster: Cluster
     model: ModelCost
     max_positions: int
-    demand: Demand
+    workload: Workload
     limits: EngineLimits = field(default_factory=EngineLimits)
 
     def costs(self, replicas: tuple[Replica, ...]) -> CostModel:
@@ -46,6 +47,12 @@ class Target:
         context = self.max_positions if asked == "auto" else min(asked, self.max_positions)
         return self.limits.max_sequences * -(-context // self.limits.block_tokens)
 
+    @property
+    def is_short(self) -> bool:
+        """Whether the whole workload can be simulated for every good plan."""
+        tokens = sum(request.output_tokens for request in self.workload.requests)
+        return not self.workload.is_endless and tokens <= SIMULATED_TOKENS
+
     def usable_bytes(self, rank: int) -> int:
         """Of a rank's memory, what a plan may fill."""
         return int((1 - MEMORY_MARGIN) * self.cluster.ranks[rank].memory_bytes)
@@ -53,7 +60,7 @@ class Target:
     def wanted_tokens(self, batch: int) -> int:
         """Tokens of KV cache for `batch` of the longest sequences, in whole blocks."""
         size = self.limits.block_tokens
-        return batch * -(-self.demand.longest_tokens // size) * size
+        return batch * -(-self.workload.longest_tokens // size) * size
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,8 @@ class Fit:
 def fit_memory(target: Target, replicas: Sequence[Replica], costs: Sequence[ReplicaCost]) -> Fit | None:
     """The KV cache for the longest sequences, as many as run together, as far as memory goes; None if it holds no one.
 
-    A plan has one `kv_cache_bytes` for all its ranks, so that the scarcest of them limits the others too.
+    A plan has one `kv_cache_bytes` for all its ranks, so that the scarcest of them limits the others too; limits that
+    say how much it is are obeyed.
     """
     size, wanted = target.limits.block_tokens, target.wanted_tokens(target.limits.max_sequences)
     free, asked = [], 0.0
@@ -77,14 +85,15 @@ def fit_memory(target: Target, replicas: Sequence[Replica], costs: Sequence[Repl
             for rank, held, token in zip(stage.ranks, stage_cost.held_bytes, stage_cost.kv_token_bytes, strict=True):
                 free.append(target.usable_bytes(rank) - held)
                 asked = max(asked, token * wanted)
-    budget = int(min(asked, *free))
-    if budget < 1:
+    given = target.limits.kv_cache_bytes
+    budget = int(min(asked, *free)) if given == "auto" else given
+    if budget < 1 or budget > min(free):
         return None
     capacities, rank_bytes = [], {}
     for replica, cost in zip(replicas, costs, strict=True):
         tokens = [max(1.0, token) for stage in cost.stages for token in stage.kv_token_bytes]
         blocks = min(target.most_blocks, *(int(budget // (token * size)) for token in tokens))
-        if blocks * size < target.demand.longest_tokens:
+        if blocks * size < target.workload.longest_tokens:
             return None
         capacities.append(blocks * size)
         for stage, stage_cost in zip(replica.stages, cost.stages, strict=True):
@@ -94,25 +103,40 @@ def fit_memory(target: Target, replicas: Sequence[Replica], costs: Sequence[Repl
     return Fit(budget, tuple(capacities), rank_bytes)
 
 
-def request_s(target: Target, costs: CostModel, replica: int, batch: int) -> float:
-    """Seconds of a replica's time that a request takes in the mean, `batch` of them sharing its steps."""
-    num_stages = len(costs.replicas[replica].stages)
-    if num_stages > 1 and batch > 1:
-        return _pipelined_s(target, costs.replicas[replica], min(num_stages, batch), batch)
+def request_s(target: Target, replica: Replica, costs: CostModel, batch: int) -> float:
+    """Seconds of a replica's time that a request takes in the mean, `batch` of them sharing its steps.
+
+    `costs` are those of the resolved `replica` alone.
+    """
+    if len(replica.stages) > 1 and batch > 1:
+        return pipeline_request_s(replica, target.limits, costs, target.workload, batch)
+    return _summed_s(target, costs, batch)
+
+
+def rough_request_s(target: Target, costs: CostModel, batch: int) -> float:
+    """`request_s` without a simulation: for a pipeline the middle of one price too low and one too high."""
+    num_stages = len(costs.replicas[0].stages)
+    low_s = _summed_s(target, costs, batch)
+    if num_stages == 1 or batch == 1:
+        return low_s
+    return math.sqrt(low_s * _rounds_s(target, costs.replicas[0], min(num_stages, batch), batch))
+
+
+def _summed_s(target: Target, costs: CostModel, batch: int) -> float:
+    """What requests cost where no step holds up another one."""
     return statistics.fmean(
-        costs.request_s(replica, request.prompt_tokens, request.output_tokens, batch)
-        for request in target.demand.typical
+        costs.request_s(0, request.prompt_tokens, request.output_tokens, batch) for request in target.workload.typical
     )
 
 
-def _pipelined_s(target: Target, cost: ReplicaCost, in_flight: int, batch: int) -> float:
-    """The same for a pipeline, where a batch that holds a prompt keeps all the others behind it waiting.
+def _rounds_s(target: Target, cost: ReplicaCost, in_flight: int, batch: int) -> float:
+    """What requests cost a pipeline where a batch that holds a prompt keeps all the others behind it waiting.
 
     So a round, in which every batch in flight passes once, is as slow in each of its batches as its slowest one; with
     less than one new prompt a round, some rounds have none.
     """
-    demand = target.demand
-    prompt, output = demand.prompt_tokens, demand.output_tokens
+    workload = target.workload
+    prompt, output = workload.prompt_tokens, workload.output_tokens
     width = -(-batch // in_flight)
     kv_tokens = round(width * (prompt + output / 2))
     light_s = cost.step_s(StepWork(width, width, width, kv_tokens), in_flight)
@@ -149,9 +173,8 @@ class Priced:
 
 def simulated(target: Target, priced: Priced) -> Priced:
     """The same with what the simulator says of a short workload; else as it is."""
-    requests = target.demand.requests
-    if target.demand.is_endless or sum(request.output_tokens for request in requests) > SIMULATED_TOKENS:
+    if not target.is_short:
         return priced
     blocks = [tokens // target.limits.block_tokens for tokens in priced.fit.capacity_tokens]
-    result = Simulator(priced.plan, target.costs(priced.plan.replicas), blocks).run(requests)
+    result = Simulator(priced.plan, target.costs(priced.plan.replicas), blocks).run(target.workload.requests)
     return replace(priced, tokens_per_s=result.tokens_per_s, seconds=result.makespan_s, is_simulated=True)

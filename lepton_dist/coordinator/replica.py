@@ -22,6 +22,7 @@ class SimulatedReplica:
 
     def __init__(self, index: int, cost: ReplicaCost, limits: EngineLimits, num_blocks: int, *, jumps: bool) -> None:
         self.index, self._cost, self._limits = index, cost, limits
+        self.reach_s = cost.reach_s
         self.lanes = [Lane() for _ in cost.stages]
         self.blocks = KvBlocks(num_blocks, limits.block_tokens, has_prefix_cache=False)
         self.scheduler = Scheduler(
@@ -106,10 +107,9 @@ class SimulatedReplica:
         self._jump = None
         self._num_in_flight -= 1
         self.scheduler.returned(result.chunks)
-        counts = count_work(result.chunks)
         seconds = (now_s - self._last_result_s) / result.num_steps
         self._last_result_s = now_s
-        ran = RanStep(counts.tokens, counts.samples, counts.sequences, seconds)
+        ran = RanStep(count_work(result.chunks), seconds)
         self.steps += [ran] * result.num_steps
         events = []
         more = result.num_steps - 1

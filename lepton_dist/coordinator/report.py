@@ -12,14 +12,14 @@ from lepton_dist.coordinator.stage_cost import TERMS, Terms
 IDLE_LIMIT = 0.1
 NUM_BUCKETS = 120
 _SHOWN_AUDIT_LINES = 20
+_SHOWN_REPLICAS = 4
 
 
 @dataclass(frozen=True)
 class Span:
     """One step of a replica, or several on end: from `start_s` of the run, `seconds` long, `busy_s` of it in steps.
 
-    `tokens` are those that were generated; `predicted` are the terms of the profile, added up over the steps, and zeros
-    where there is none.
+    `tokens` are those that were generated; `predicted` are the prior's terms, added up over the steps.
     """
 
     start_s: float
@@ -52,11 +52,15 @@ class RankRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run of `seconds` from its first request to its last answer. `predicted_tokens_per_s` is the plan's estimate."""
+    """A run of `seconds` from its first request to its last answer.
+
+    `prior` says from what steps were predicted before any was seen; `predicted_tokens_per_s` is the plan's estimate.
+    """
 
     seconds: float
     replicas: tuple[ReplicaRecord, ...]
     ranks: tuple[RankRecord, ...]
+    prior: str
     predicted_tokens_per_s: float | None = None
 
 
@@ -69,6 +73,7 @@ def make_report(record: RunRecord) -> dict[str, Any]:
         "tokens": tokens,
         "tokens_per_s": tokens / record.seconds if record.seconds else 0.0,
         "predicted_tokens_per_s": record.predicted_tokens_per_s,
+        "prior": record.prior,
         "bucket_s": record.seconds / NUM_BUCKETS,
         "replicas": [_replica(index, replica) for index, replica in enumerate(record.replicas)],
         "ranks": [_rank(rank, record, loads) for rank in record.ranks],
@@ -148,7 +153,7 @@ def _audit(rank: RankRecord, record: RunRecord) -> str:
 
 
 def report_text(report: dict[str, Any]) -> str:
-    """The report as a table for people, with the audit below it; no columns of predictions where there are none."""
+    """The report as a table for people, with the audit below it."""
     lines = [
         f"{'replica':>7}{'requests':>10}{'steps':>8}{'tokens':>9}{'measured':>11}{'predicted':>11}  error of a step"
     ]
@@ -165,6 +170,7 @@ def report_text(report: dict[str, Any]) -> str:
     against = "" if expected is None else f", {expected:.1f} predicted"
     lines += [
         "",
+        f"predicted from {report['prior']}",
         f"{report['tokens']} tokens in {report['seconds']:.1f} s: {report['tokens_per_s']:.1f} tokens/s{against}",
     ]
     audit = report["audit"]
@@ -175,13 +181,23 @@ def report_text(report: dict[str, Any]) -> str:
 
 
 def _term_lines(report: dict[str, Any]) -> list[str]:
-    lines = [f"{'term':<12}{'predicted':>11}{'measured':>11}   seconds of all replicas, measured as learned"]
-    rows = [term for row in report["replicas"] for term in row["terms"]]
+    """Predicted and measured seconds of each term: a pair of columns a replica, or one pair for many replicas."""
+    columns = [row["terms"] for row in report["replicas"] if row["terms"]]
+    heads = [f"replica {row['replica']}" for row in report["replicas"] if row["terms"]]
+    if len(columns) > _SHOWN_REPLICAS:
+        columns, heads = [[term for terms in columns for term in terms]], ["all replicas"]
+    lines = [
+        " " * 12 + "".join(f"{head:>22}" for head in heads),
+        f"{'term':<12}"
+        + f"{'predicted':>11}{'measured':>11}" * len(heads)
+        + "   (whole steps measured, split as learned)",
+    ]
     for name in TERMS:
-        predicted, measured = (
-            sum(row[key] for row in rows if row["term"] == name) for key in ("predicted_s", "measured_s")
-        )
-        lines.append(f"{name:<12}{predicted:>9.2f} s{measured:>9.2f} s")
+        line = f"{name:<12}"
+        for terms in columns:
+            for key in ("predicted_s", "measured_s"):
+                line += f"{sum(term[key] for term in terms if term['term'] == name):>9.2f} s"
+        lines.append(line)
     return lines
 
 
@@ -194,4 +210,4 @@ def _errors_text(errors: dict[str, Any]) -> str:
         f"{100 * errors[f'{kind}_median']:.0f} % (p95 {100 * errors[f'{kind}_p95']:.0f} %)"
         for kind in ("prior", "learned")
     )
-    return f"profile {prior}, learned {learned}"
+    return f"prior {prior}, learned {learned}" + (", fell back to the prior" if errors["uses_prior"] else "")

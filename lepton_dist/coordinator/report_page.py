@@ -36,7 +36,8 @@ def report_page(report: Mapping[str, Any], title: str) -> str:
         f"{report['tokens_per_s']:.1f} tokens/s{against}</p>\n"
         f"<h2>Load</h2>\n{_chart(report)}\n"
         + (f"<h2>Idle more than a tenth of the time</h2>\n<ul>{audit}</ul>\n" if audit else "")
-        + f"<h2>Predicted and measured</h2>\n{_replicas(report)}\n{_terms(report)}\n</body></html>\n"
+        + f"<h2>Predicted and measured</h2>\n<p>Predicted from {escape(report['prior'])}. Errors are those of "
+        f"single steps, in the median and at 95 %.</p>\n{_replicas(report)}\n{_terms(report)}\n</body></html>\n"
     )
 
 
@@ -88,14 +89,27 @@ def _by_host(report: Mapping[str, Any]) -> list[tuple[str, list[float], float]]:
 
 
 def _replicas(report: Mapping[str, Any]) -> str:
-    head = ("replica", "requests", "steps", "tokens", "measured s", "predicted s", "median error", "learned", "p95")
+    head = (
+        "replica",
+        "requests",
+        "steps",
+        "tokens",
+        "measured s",
+        "predicted s",
+        "prior's error",
+        "p95",
+        "learned",
+        "p95",
+        "in use",
+    )
     rows = []
     for row in report["replicas"]:
         errors = row["errors"] or {}
         cells = [str(row[key]) for key in ("replica", "requests", "steps", "tokens")]
         cells += ["-" if row[key] is None else f"{row[key]:.2f}" for key in ("measured_s", "predicted_s")]
-        names = ("prior_median", "learned_median", "learned_p95")
+        names = ("prior_median", "prior_p95", "learned_median", "learned_p95")
         cells += [f"{100 * errors[name]:.1f} %" if name in errors else "-" for name in names]
+        cells.append("-" if not errors else "prior" if errors["uses_prior"] else "learned")
         rows.append(cells)
     return _table(head, rows)
 

@@ -1,20 +1,21 @@
 """A run without the machines: discrete events, the real scheduler and balancer, the cost model as the clock. Pure.
 
-Left out: how long messages to and from rank 0 take, and prefixes that prompts share. Replicas report their steps as
+Left out: prefixes that prompts share. Replicas report their steps as
 leaders do, so that the balancer learns prices and speeds here as it does in a run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from lepton_dist.config.sampling import SamplingParams
 from lepton_dist.coordinator.cluster import Cluster
 from lepton_dist.coordinator.cost_model import CostModel
 from lepton_dist.coordinator.decisions import Write
-from lepton_dist.coordinator.dispatcher import Dispatcher
-from lepton_dist.coordinator.events import Arrival, EventQueue, Result
+from lepton_dist.coordinator.dispatcher import Dispatcher, RanStep
+from lepton_dist.coordinator.events import Arrival, Delivery, EventQueue, Result
 from lepton_dist.coordinator.replica import SimulatedReplica
 from lepton_dist.coordinator.timeline import Lane
 from lepton_dist.coordinator.workload import RequestLengths
@@ -93,6 +94,8 @@ class Simulator:
             now_s, event = self._queue.pop()
             if isinstance(event, Arrival):
                 self._arrive(now_s, event)
+            elif isinstance(event, Delivery):
+                event.act(now_s)
             elif self._replicas[event.replica].is_current(event):
                 self._come_back(now_s, event)
         result = self._result
@@ -127,39 +130,69 @@ class Simulator:
             self._decide(now_s)
 
     def _come_back(self, now_s: float, event: Result) -> None:
-        replica, result = self._replicas[event.replica], self._result
+        replica = self._replicas[event.replica]
+        finished: list[str] = []
         for sequence, is_end in replica.take(now_s, event):
             key = sequence.request.key
-            if not is_end:
-                result.first_token_s.append(now_s - self._arrived[key][0])
-                continue
-            arrival_s, tokens = self._arrived.pop(key)
-            result.latencies_s.append(now_s - arrival_s)
-            self._dispatcher.finished(key, tokens)
-        if now_s - self._reported_s[event.replica] >= REPORT_EVERY_S:
-            self._reported_s[event.replica] = now_s
-            self._dispatcher.ran(event.replica, replica.begun, replica.steps)
-            replica.begun, replica.steps = [], []
-        self._decide(now_s)
+            if is_end:
+                finished.append(key)
+            else:
+                self._result.first_token_s.append(now_s - self._arrived[key][0])
+        reports = now_s - self._reported_s[event.replica] >= REPORT_EVERY_S
+        if reports or finished:
+            begun: list[str] = []
+            steps: list[RanStep] = []
+            if reports:
+                self._reported_s[event.replica] = now_s
+                (begun, steps), (replica.begun, replica.steps) = (replica.begun, replica.steps), ([], [])
+            self._send(now_s, replica, partial(self._hear, replica, finished, begun, steps))
         self._start(now_s, replica)
 
+    def _hear(
+        self, replica: SimulatedReplica, finished: list[str], begun: list[str], steps: list[RanStep], now_s: float
+    ) -> None:
+        """Rank 0 learns what a replica has done."""
+        for key in finished:
+            arrival_s, tokens = self._arrived.pop(key)
+            self._result.latencies_s.append(now_s - arrival_s)
+            self._dispatcher.finished(key, tokens)
+        self._dispatcher.ran(replica.index, begun, steps)
+        self._decide(now_s)
+
+    def _send(self, now_s: float, replica: SimulatedReplica, act: Callable[[float], None]) -> None:
+        """A message between rank 0 and a leader; rank 0 reaches itself at once."""
+        if replica.reach_s:
+            self._queue.push(now_s + replica.reach_s, Delivery(act))
+        else:
+            act(now_s)
+
     def _decide(self, now_s: float) -> None:
-        is_settled = False
-        while not is_settled:
-            given, taken = self._dispatcher.decide()
-            for index, requests in given.items():
-                replica = self._replicas[index]
-                for request in requests:
-                    replica.add(request, self._arrived[request.key][1])
-                cut = replica.cut(now_s)
-                if cut is not None:
-                    self._queue.push(*cut)
-                self._start(now_s, replica)
-            for index, keys in taken:
-                dropped = self._replicas[index].give_back(keys)
-                self._result.num_taken_back += len(dropped)
-                self._dispatcher.dropped(index, dropped)
-            is_settled = not taken
+        given, taken = self._dispatcher.decide()
+        for index, requests in given.items():
+            replica = self._replicas[index]
+            self._send(now_s, replica, partial(self._get, replica, requests))
+        for index, keys in taken:
+            replica = self._replicas[index]
+            self._send(now_s, replica, partial(self._give_back, replica, keys))
+
+    def _get(self, replica: SimulatedReplica, requests: list[Request], now_s: float) -> None:
+        """A replica gets requests."""
+        for request in requests:
+            replica.add(request, self._arrived[request.key][1])
+        cut = replica.cut(now_s)
+        if cut is not None:
+            self._queue.push(*cut)
+        self._start(now_s, replica)
+
+    def _give_back(self, replica: SimulatedReplica, keys: list[str], now_s: float) -> None:
+        """A replica is asked for requests; its answer goes back."""
+        dropped = replica.give_back(keys)
+        self._result.num_taken_back += len(dropped)
+        self._send(now_s, replica, partial(self._get_back, replica, dropped))
+
+    def _get_back(self, replica: SimulatedReplica, keys: list[str], now_s: float) -> None:
+        self._dispatcher.dropped(replica.index, keys)
+        self._decide(now_s)
 
     def _start(self, now_s: float, replica: SimulatedReplica) -> None:
         while (started := replica.start(now_s)) is not None:

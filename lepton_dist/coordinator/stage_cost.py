@@ -11,14 +11,16 @@ from typing import NamedTuple
 
 from lepton_dist.coordinator.cluster import Cluster, RankProfile
 from lepton_dist.engine.work import StepWork
+from lepton_dist.model.config import ModelConfig
 from lepton_dist.model.parameters import matrix_kind
 from lepton_dist.plan.axes import Axis, ModelShape, span_size
 from lepton_dist.plan.placement import Seat
-from lepton_dist.plan.precision import Dtypes
+from lepton_dist.plan.precision import INT4_GROUPS, Dtypes
 
 TERMS = ("weights", "matmul", "attention", "collectives", "transfers", "overhead")
-# Bytes of a value: 4-bit weights have a 16-bit scale for each group of 32, an int8 wire for each group of 64.
-WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5625}
+# Bytes of a value: 4-bit weights have a 16-bit scale for each group, an int8 wire for each group of 64.
+WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
+WEIGHT_BYTES |= {kind: 0.5 + 2 / group for kind, group in INT4_GROUPS.items()}
 WIRE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.03125}
 _NORMS_A_LAYER = 2
 # `attention_bytes_per_s` is measured in bfloat16, with this many query heads for each KV head.
@@ -53,6 +55,11 @@ class ModelCost:
     dtypes: Dtypes
     is_gated: bool = True
     is_tied: bool = False
+
+    @staticmethod
+    def of(config: ModelConfig, dtypes: Dtypes) -> ModelCost:
+        """Of a model as its checkpoint describes it."""
+        return ModelCost(config.shape, dtypes, config.is_gated, config.is_tied)
 
     def layer_weights(self, seat: Seat) -> int:
         """Values in the matrices of one layer that a seat holds: qkv, attention output, up (and gate), down."""

@@ -1,27 +1,17 @@
-"""A workload as lengths: what the planner and the simulator ask of it. Pure but for reading the file.
-
-A file of JSON lines, each ``{"prompt_tokens": 100, "output_tokens": 50}`` with, if wanted, `max_tokens` (by default the
-output's length is known beforehand), `arrival_s` (0) and `count` (1).
-"""
+"""A workload as lengths of requests: what the planner and the simulator ask of it. Pure."""
 
 from __future__ import annotations
 
-import os
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import cached_property
 
-import msgspec
-
+from lepton_dist.engine.work import StepWork, chunk_pairs
 from lepton_dist.errors import ConfigError
+from lepton_dist.plan.plan import EngineLimits
 
-
-class _Line(msgspec.Struct, forbid_unknown_fields=True):
-    prompt_tokens: int
-    output_tokens: int
-    max_tokens: int | None = None
-    arrival_s: float = 0.0
-    count: int = 1
+_TYPICAL = 16  # requests, evenly taken by length, that stand for all of them in a price
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,48 +24,61 @@ class RequestLengths:
     arrival_s: float = 0.0
 
 
-def read_workload(path: str | os.PathLike[str]) -> list[RequestLengths]:
-    """The requests of a workload file, by arrival.
+@dataclass(frozen=True)
+class Workload:
+    """All requests. `is_endless` when `requests` are only a sample of a stream that keeps every replica full."""
 
-    Raises:
-        ConfigError: the file cannot be read, a line is wrong, or there is no request in it.
-    """
-    decoder = msgspec.json.Decoder(_Line)
-    requests: list[RequestLengths] = []
-    try:
-        lines = Path(path).read_bytes().splitlines()
-    except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", place=str(path)) from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            fields = decoder.decode(line)
-        except msgspec.DecodeError as error:
-            raise ConfigError(f"is no request of a workload: {error}", place=f"{path}:{number}") from None
-        requests += [_checked(fields, f"{path}:{number}")] * fields.count
-    if not requests:
-        raise ConfigError(
-            'holds no request: write lines such as {"prompt_tokens": 100, "output_tokens": 50}', place=str(path)
-        )
-    return sorted(requests, key=lambda request: request.arrival_s)
+    requests: tuple[RequestLengths, ...]
+    is_endless: bool = False
 
+    @staticmethod
+    def of(requests: Sequence[RequestLengths], *, is_endless: bool = False) -> Workload:
+        """Of some requests.
 
-def _checked(fields: _Line, place: str) -> RequestLengths:
-    most = fields.output_tokens if fields.max_tokens is None else fields.max_tokens
-    wrong: dict[str, Any] = {
-        name: value
-        for name, value in (("prompt_tokens", fields.prompt_tokens), ("output_tokens", fields.output_tokens))
-        if value < 1
-    }
-    if wrong:
-        name, value = next(iter(wrong.items()))
-        raise ConfigError(f"must be at least 1, not {value}", key=name, place=place)
-    if most < fields.output_tokens:
-        raise ConfigError(
-            f"is {most}, but output_tokens is {fields.output_tokens}: raise it", key="max_tokens", place=place
-        )
-    if fields.arrival_s < 0 or fields.count < 1:
-        name = "arrival_s" if fields.arrival_s < 0 else "count"
-        raise ConfigError("is too small", key=name, place=place)
-    return RequestLengths(fields.prompt_tokens, fields.output_tokens, most, fields.arrival_s)
+        Raises:
+            ConfigError: there are none.
+        """
+        if not requests:
+            raise ConfigError("the workload is empty: there is nothing to plan for", key="workload")
+        return Workload(tuple(requests), is_endless)
+
+    @cached_property
+    def longest_tokens(self) -> int:
+        """Tokens of prompt and output that one request may need in the KV cache."""
+        return max(request.prompt_tokens + request.max_tokens for request in self.requests)
+
+    @cached_property
+    def prompt_tokens(self) -> float:
+        """The mean prompt."""
+        return statistics.fmean(request.prompt_tokens for request in self.requests)
+
+    @cached_property
+    def output_tokens(self) -> float:
+        """The mean output."""
+        return statistics.fmean(request.output_tokens for request in self.requests)
+
+    @cached_property
+    def typical(self) -> tuple[RequestLengths, ...]:
+        """A few requests that stand for all: evenly taken by length."""
+        ordered = sorted(self.requests, key=lambda request: (request.output_tokens, request.prompt_tokens))
+        count = min(_TYPICAL, len(ordered))
+        return tuple(ordered[(2 * index + 1) * len(ordered) // (2 * count)] for index in range(count))
+
+    def batch(self, limits: EngineLimits, capacity_tokens: float, num_replicas: int = 1) -> int:
+        """Sequences that a replica with this KV cache steps together, in the mean; 0 if the longest does not fit."""
+        if capacity_tokens < self.longest_tokens:
+            return 0
+        room = int(capacity_tokens / (self.prompt_tokens + self.output_tokens))
+        offered = limits.max_sequences if self.is_endless else -(-len(self.requests) // num_replicas)
+        return max(1, min(limits.max_sequences, room, offered))
+
+    def mean_step(self, batch: int, num_stages: int, limits: EngineLimits) -> StepWork:
+        """A step in the steady state: decoding sequences, and the prompts of those that take the finished ones' place.
+
+        A pipeline deals its sequences out over a micro-batch for each stage.
+        """
+        width = -(-batch // num_stages)
+        prompt, output = self.prompt_tokens, self.output_tokens
+        new = min(width * prompt / output, max(limits.max_batch_tokens - width, 1))
+        pairs = new * chunk_pairs(0, max(1, round(prompt))) / prompt
+        return StepWork(width + round(new), width, width, round(width * (prompt + output / 2)), round(pairs))

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lepton_dist.engine.batch import RunBatch, read_int32, read_spans
-from lepton_dist.kernels.attention import PagedBatch, paged_attention, write_cache
+from lepton_dist.kernels.attention import PagedBatch, enter_cache, paged_attention
+from lepton_dist.kernels.cpu.memory import fresh_zeros
+from lepton_dist.kernels.upload import upload
 
 
 @dataclass(frozen=True)
@@ -30,32 +33,55 @@ class KvGeometry:
 class KvCache:
     """Keys and values of this rank's layers: each [blocks, kv_heads/tp, block_tokens, head_dim].
 
-    Pages of the arenas are touched, and so take memory, only when they are first written.
+    On CPUs pages of the arenas are touched, and so take memory, only when they are first written. On a GPU there is a
+    block more than the scheduler knows of, `spare_slot` in it: where rows of a captured batch that are padding write.
     """
 
-    def __init__(self, geometry: KvGeometry, num_blocks: int) -> None:
-        shape = (num_blocks, geometry.num_kv_heads, geometry.block_tokens, geometry.head_dim)
-        self.geometry = geometry
-        # Zeros, not garbage: padded block tables read block 0, and masked-out NaNs would still poison a sum.
-        self._keys = [torch.zeros(shape, dtype=geometry.dtype) for _ in range(geometry.num_layers)]
-        self._values = [torch.zeros(shape, dtype=geometry.dtype) for _ in range(geometry.num_layers)]
+    def __init__(self, geometry: KvGeometry, num_blocks: int, device: torch.device | None = None) -> None:
+        is_gpu = device is not None and device.type == "cuda"
+        shape = (num_blocks + is_gpu, geometry.num_kv_heads, geometry.block_tokens, geometry.head_dim)
+        self.geometry, self.num_blocks = geometry, num_blocks
+        self.spare_slot = num_blocks * geometry.block_tokens
+
+        def arenas() -> list[torch.Tensor]:
+            # Zeros, not garbage: padded block tables read block 0, and masked-out NaNs would still poison a sum.
+            if device is None or device.type == "cpu":
+                return [fresh_zeros(shape, geometry.dtype) for _ in range(geometry.num_layers)]
+            return [torch.zeros(shape, dtype=geometry.dtype, device=device) for _ in range(geometry.num_layers)]
+
+        self._keys, self._values = arenas(), arenas()
 
     def attend(
         self,
         batch: PagedBatch,
         layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
+        turned: torch.Tensor,
         value: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor] | None,
         window: int | None,
     ) -> torch.Tensor:
-        """Write the batch's keys and values, then attend: the shapes of `model.layers.Attend`."""
-        write_cache(self._keys[layer], self._values[layer], batch.slots, key, value)
-        return paged_attention(query, self._keys[layer], self._values[layer], batch, window)
+        """Rotate, write the batch's keys and values, then attend: the shapes of `model.layers.Attend`."""
+        keys, values = self._keys[layer], self._values[layer]
+        query = enter_cache(turned, value, angles, keys, values, batch.slots)
+        return paged_attention(query, keys, values, batch, window)
 
 
-def lay_out(batch: RunBatch, block_tokens: int) -> tuple[torch.Tensor, PagedBatch]:
-    """Positions int64 [tokens] of a batch, and where its tokens lie in the cache."""
+@dataclass(frozen=True)
+class Layout:
+    """Where a batch's tokens lie: positions and slots int64 [tokens]; spans and tables as in `PagedBatch`."""
+
+    positions: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    spans: NDArray[np.int64]
+    tables: NDArray[np.int64]
+
+    def paged(self, device: torch.device) -> PagedBatch:
+        """The batch as attention on `device` takes it."""
+        return PagedBatch(upload(self.slots, device), self.spans, upload(self.tables, device))
+
+
+def lay_out(batch: RunBatch, block_tokens: int) -> Layout:
+    """Find the place of every token of a batch."""
     fields = read_spans(batch)
     spans = fields[:, :3].astype(np.int64)
     starts, counts, lengths = spans.T
@@ -66,4 +92,4 @@ def lay_out(batch: RunBatch, block_tokens: int) -> tuple[torch.Tensor, PagedBatc
     of = np.repeat(np.arange(len(spans)), counts)
     positions = np.arange(batch.num_tokens) + (lengths - counts - starts)[of]
     slots = tables[of, positions // block_tokens] * block_tokens + positions % block_tokens
-    return torch.from_numpy(positions), PagedBatch(torch.from_numpy(slots), spans, torch.from_numpy(tables))
+    return Layout(positions, slots, spans, tables)

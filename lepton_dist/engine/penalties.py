@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lepton_dist.engine.batch import Int32, read_int32
+from lepton_dist.kernels.upload import upload
 
 
-def apply_penalties(logits: torch.Tensor, settings: torch.Tensor, counts: Int32, history: bytes, first: int) -> None:
+def apply_penalties(
+    logits: torch.Tensor, settings: NDArray[np.float32], counts: Int32, history: bytes, first: int
+) -> None:
     """Change logits float32 [r, vocab/tp] in place; `settings` and `counts` as in `SampleRows`.
 
     The repetition penalty (arXiv:1909.05858) is on every token of prompt and output, the presence and frequency
@@ -24,10 +28,11 @@ def apply_penalties(logits: torch.Tensor, settings: torch.Tensor, counts: Int32,
         )
         start += prompt + output
         repetition, presence, frequency = settings[row, 3:6].tolist()
-        index = torch.from_numpy(np.unique(seen))
+        index = upload(np.unique(seen), logits.device)
         values = logits[row, index]
         logits[row, index] = torch.where(values > 0, values / repetition, values * repetition)
-        logits[row, torch.from_numpy(written)] -= presence + frequency * torch.from_numpy(times).float()
+        penalty = presence + frequency * torch.from_numpy(times).float()
+        logits[row, upload(written, logits.device)] -= upload(penalty.numpy(), logits.device)
 
 
 def _local(tokens: Int32, first: int, size: int) -> np.ndarray:

@@ -11,11 +11,15 @@ from lepton_dist.text.completion import TokenLogprob
 
 
 class Request(msgspec.Struct, frozen=True):
-    """One prompt. `key` is unique in the run; `sampling` has a seed, and a `max_tokens` that fits the context."""
+    """One prompt. `key` is unique in the run; `sampling` has a seed, and a `max_tokens` that fits the context.
+
+    `hint` is how many tokens of output its sender expects; the balancer's length predictor looks at it.
+    """
 
     key: str
     prompt: list[int]
     sampling: SamplingParams
+    hint: int | None = None
 
 
 @dataclass(eq=False)

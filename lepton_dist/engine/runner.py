@@ -8,9 +8,12 @@ import msgspec
 import numpy as np
 import torch
 
+from lepton_dist.comm.devices import Devices
 from lepton_dist.engine.batch import RunBatch, SampleRows, read_int32, read_spans
-from lepton_dist.engine.kv_cache import KvCache, lay_out
-from lepton_dist.engine.sampler import VocabShard, sample, score
+from lepton_dist.engine.decode_graphs import DecodeGraphs
+from lepton_dist.engine.kv_cache import KvCache, Layout, lay_out
+from lepton_dist.engine.sampler import VocabShard, check_numbers, sample, score
+from lepton_dist.kernels.upload import upload
 from lepton_dist.parallel.stage import ParallelStage
 from lepton_dist.text.completion import TokenLogprob
 
@@ -25,10 +28,21 @@ class StepResult(msgspec.Struct, tag=True):
 
 
 class StageRunner:
-    """Runs batches in the order of their commands. `expect` each batch as soon as it is known, then `run` it."""
+    """Runs batches in the order of their commands. `expect` each batch as soon as it is known, then `run` it.
 
-    def __init__(self, stage: ParallelStage, cache: KvCache) -> None:
-        self._stage, self._cache = stage, cache
+    On a GPU, which `devices` names, a step is put on the stream without waiting, until the last stage needs its tokens;
+    `graphs` hold the decode steps that were captured.
+    """
+
+    def __init__(
+        self,
+        stage: ParallelStage,
+        cache: KvCache,
+        devices: Devices | None = None,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
+        self._stage, self._cache, self._devices, self._graphs = stage, cache, devices, graphs
+        self._device = torch.device("cpu") if devices is None else devices.device
         rope = stage.decoder.rope
         self._has_long = rope is not None and rope.has_long
 
@@ -36,28 +50,59 @@ class StageRunner:
         """Post the receive of the batch's activations."""
         self._stage.link.expect(batch.num_tokens)
 
+    def progress(self) -> bool:
+        """Move on the messages that wait for a GPU; whether some are still waiting. Call it whenever there is time."""
+        return self._devices is not None and self._devices.courier.progress()
+
+    def close(self) -> None:
+        """Let go of captured graphs, which must go before the communicators whose operations they hold."""
+        self._graphs = None
+
     @torch.inference_mode()
     def run(self, batch: RunBatch) -> StepResult | None:
-        """Run a batch that was expected; the last stage returns the result, the others pass the activations on."""
+        """Run a batch that was expected; the last stage returns the result, the others pass the activations on.
+
+        Raises:
+            LeptonError: the logits are not numbers.
+            RankLostError: another rank did not come in time, or a link to it is broken.
+        """
         stage = self._stage
-        positions, paged = lay_out(batch, self._cache.geometry.block_tokens)
-        if stage.seat.is_first:
-            tokens = torch.from_numpy(read_int32(batch.tokens).astype(np.int64))
-            hidden = stage.decoder.embed(tokens, positions)
+        layout = lay_out(batch, self._cache.geometry.block_tokens)
+        received = None if stage.seat.is_first else stage.link.receive()
+        if self._graphs is not None and self._graphs.can_run(batch):
+            hidden = self._graphs.run(batch, layout, received)
         else:
-            hidden = stage.link.receive()
-        attend = partial(self._cache.attend, paged)
-        hidden = stage.decoder.run_layers(hidden, positions, self._is_long(batch), attend)
+            hidden = self._run_layers(batch, layout, received)
         if stage.seat.is_last:
             return self._finish(batch, hidden)
         stage.link.send(hidden)
         return None
 
+    @torch.inference_mode()
+    def rehearse(self, batch: RunBatch, hidden_size: int) -> None:
+        """Run a batch without the stages before and behind it: what it computes means nothing, what it takes counts.
+
+        Collective over the stage.
+        """
+        stage = self._stage
+        received = None if stage.seat.is_first else torch.zeros(batch.num_tokens, hidden_size, device=self._device)
+        hidden = self._run_layers(batch, lay_out(batch, self._cache.geometry.block_tokens), received)
+        if stage.seat.is_last:
+            self._finish(batch, hidden)
+
+    def _run_layers(self, batch: RunBatch, layout: Layout, hidden: torch.Tensor | None) -> torch.Tensor:
+        decoder, device = self._stage.decoder, self._device
+        positions = upload(layout.positions, device)
+        if hidden is None:
+            hidden = decoder.embed(upload(read_int32(batch.tokens).astype(np.int64), device), positions)
+        attend = partial(self._cache.attend, layout.paged(device))
+        return decoder.run_layers(hidden, positions, self._is_long(batch), attend)
+
     def _is_long(self, batch: RunBatch) -> torch.Tensor | None:
         if not self._has_long:
             return None
         spans = read_spans(batch)
-        return torch.from_numpy(np.repeat(spans[:, 4].astype(bool), spans[:, 1]))
+        return upload(np.repeat(spans[:, 4].astype(bool), spans[:, 1]), self._device)
 
     def _finish(self, batch: RunBatch, hidden: torch.Tensor) -> StepResult:
         """Norm, head and sampling of the rows that ask for it."""
@@ -70,14 +115,16 @@ class StageRunner:
         tokens = torch.empty(0, dtype=torch.int64)
         logprobs: dict[int, list[TokenLogprob]] = {}
         if rows.size:
-            logits = head(hidden[torch.from_numpy(rows.astype(np.int64))])
+            logits = head(hidden[upload(rows.astype(np.int64), self._device)])
             tokens, logprobs = self._sample(logits, batch.samples, shard)
         prompt_logprobs = []
-        prompt_rows = read_int32(batch.prompt_rows, 3)
+        prompt_rows = read_int32(batch.prompt_rows, 3).astype(np.int64)
         if prompt_rows.size:
-            picked = torch.from_numpy(prompt_rows.astype(np.int64))
-            prompt_logprobs = score(head(hidden[picked[:, 0]]), picked[:, 1], picked[:, 2].tolist(), shard)
-        return StepResult(batch.step, tokens.to(torch.int32).numpy().tobytes(), logprobs, prompt_logprobs)
+            picked, following = (upload(prompt_rows[:, column], self._device) for column in (0, 1))
+            prompt_logprobs = score(head(hidden[picked]), following, prompt_rows[:, 2].tolist(), shard)
+        found = self._to_host(tokens, batch.step)
+        check_numbers(found)
+        return StepResult(batch.step, found.to(torch.int32).numpy().tobytes(), logprobs, prompt_logprobs)
 
     def _sample(
         self, logits: torch.Tensor, rows: SampleRows, shard: VocabShard
@@ -86,8 +133,19 @@ class StageRunner:
         scored = np.flatnonzero(asked >= 0)
         if not scored.size:
             return sample(logits, rows, shard), {}
-        index = torch.from_numpy(scored)
+        index = upload(scored, self._device)
         raw = logits[index]  # a copy: sampling changes the logits
         tokens = sample(logits, rows, shard)
-        entries = score(raw, tokens[index], asked[scored].tolist(), shard)
+        entries = score(raw, tokens[index].clamp(min=0), asked[scored].tolist(), shard)
         return tokens, dict(zip(scored.tolist(), entries, strict=True))
+
+    def _to_host(self, tokens: torch.Tensor, step: int) -> torch.Tensor:
+        """The one place of a step that waits for the GPU; meanwhile it watches the links that the work goes through."""
+        if self._devices is None or tokens.is_cpu:
+            return tokens
+        host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        host.copy_(tokens, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        self._devices.wait.until(event, f"step {step}")
+        return host

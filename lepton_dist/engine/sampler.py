@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lepton_dist.comm.group import Group
 from lepton_dist.engine.batch import SampleRows, read_int32
 from lepton_dist.engine.penalties import apply_penalties
 from lepton_dist.errors import LeptonError
 from lepton_dist.kernels.noise import gumbel
+from lepton_dist.kernels.upload import upload
 from lepton_dist.text.completion import TokenLogprob
 
 _BINS = 1024
@@ -37,71 +40,99 @@ class VocabShard:
     @property
     def tokens(self) -> torch.Tensor:
         """The ids of the shard's rows, int32 [size]."""
-        return torch.arange(self.first, self.first + self.size, dtype=torch.int32)
+        return self.tokens_on(torch.device("cpu"))
+
+    def tokens_on(self, device: torch.device) -> torch.Tensor:
+        """The same on any device."""
+        return torch.arange(self.first, self.first + self.size, dtype=torch.int32, device=device)
 
 
 def sample(logits: torch.Tensor, rows: SampleRows, shard: VocabShard) -> torch.Tensor:
     """logits float32 [r, vocab/tp], changed in place -> token ids int64 [r], the same on every rank of the group.
 
-    Raises:
-        LeptonError: the logits are not numbers.
+    Which rows ask for what is known on the host, so nothing here waits for a GPU. An id is -1 where the logits are not
+    numbers: `check_numbers` says so of ids that have come to the host.
     """
-    settings = torch.frombuffer(bytearray(rows.settings), dtype=torch.float32).view(-1, 6)
+    device = logits.device
+    settings = np.frombuffer(rows.settings, dtype=np.float32).reshape(-1, 6)
     counts = read_int32(rows.counts, 4)
     apply_penalties(logits, settings, counts, rows.history, shard.first)
-    temperature = settings[:, 0]
-    noisy = (temperature > 0).nonzero().flatten()
-    if noisy.numel():
-        keys = torch.frombuffer(bytearray(rows.keys), dtype=torch.int32).view(-1, 2)
-        top_k = torch.from_numpy(counts[:, 0].astype("int64"))
-        scaled = logits[noisy] / temperature[noisy, None].clamp(min=_COLDEST)
-        threshold = _threshold(scaled, settings[noisy, 2], top_k[noisy], settings[noisy, 1], shard)
-        scores = scaled + gumbel(keys[noisy], shard.tokens)
-        logits[noisy] = scores.masked_fill_(scaled < threshold.unsqueeze(1), -math.inf)
+    noisy = np.flatnonzero(settings[:, 0] > 0)
+    if noisy.size:
+        picked = upload(noisy, device)
+        keys = upload(read_int32(rows.keys, 2)[noisy], device)
+        temperature = upload(np.maximum(settings[noisy, 0], np.float32(_COLDEST)), device)
+        scaled = logits[picked] / temperature[:, None]
+        filters = Filters(settings[noisy, 2], counts[noisy, 0].astype(np.int64), settings[noisy, 1])
+        threshold = _threshold(scaled, filters, shard)
+        scores = scaled + gumbel(keys, shard.tokens_on(device))
+        logits[picked] = scores.masked_fill_(scaled < threshold.unsqueeze(1), -math.inf)
     return arg_max(logits, shard)
 
 
 def arg_max(scores: torch.Tensor, shard: VocabShard) -> torch.Tensor:
-    """float32 [r, vocab/tp] -> ids int64 [r] of the largest score over the whole vocabulary, the lowest id at a tie."""
+    """float32 [r, vocab/tp] -> ids int64 [r] of the largest score over the whole vocabulary, the lowest id at a tie.
+
+    -1 where a score is NaN.
+    """
     values, local = scores.max(dim=1)
     # [tp, r, 2]: float64 holds both the score and the id exactly.
     best = shard.group.all_gather(torch.stack((values.double(), (local + shard.first).double()), dim=1))
-    if best[:, :, 0].isnan().any():
+    owner = best[:, :, 0].argmax(dim=0, keepdim=True)
+    ids = best[:, :, 1].gather(0, owner)[0].long()
+    return ids.masked_fill_(best[:, :, 0].isnan().any(dim=0), -1)
+
+
+def check_numbers(ids: torch.Tensor) -> None:
+    """Refuse the ids [r] of `sample`, on the host, where there were no numbers to choose by.
+
+    Raises:
+        LeptonError: an id is -1.
+    """
+    if (ids < 0).any():
         raise LeptonError(
             "the model's logits are not numbers (NaN): the checkpoint is broken, or overflows in this dtype"
         )
-    owner = best[:, :, 0].argmax(dim=0)
-    return best[owner, torch.arange(best.shape[1]), 1].long()
 
 
-def _threshold(
-    scaled: torch.Tensor, min_p: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, shard: VocabShard
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class Filters:
+    """What rows cut off, on the host: min_p float32 [r], top_k int64 [r], top_p float32 [r]."""
+
+    min_p: NDArray[np.float32]
+    top_k: NDArray[np.int64]
+    top_p: NDArray[np.float32]
+
+
+def _threshold(scaled: torch.Tensor, filters: Filters, shard: VocabShard) -> torch.Tensor:
     """The lowest scaled logit that each row may choose, float32 [r]."""
-    group = shard.group
+    group, device = shard.group, scaled.device
     largest = group.all_reduce(scaled.amax(dim=1), op="max")
+    min_p = upload(filters.min_p, device)
     threshold = largest + torch.where(min_p > 0, min_p.log(), -math.inf)
-    limited = ((top_k > 0) & (top_k < shard.vocab)).nonzero().flatten()
-    if limited.numel():
-        kth = _kth_largest(scaled[limited], top_k[limited], group)
-        threshold[limited] = torch.maximum(threshold[limited], kth)
-    limited = (top_p < 1).nonzero().flatten()
-    if limited.numel():
-        threshold[limited] = _mass_threshold(
-            scaled[limited], largest[limited], threshold[limited], top_p[limited], group
-        )
+    limited = np.flatnonzero((filters.top_k > 0) & (filters.top_k < shard.vocab))
+    if limited.size:
+        picked = upload(limited, device)
+        kth = _kth_largest(scaled[picked], filters.top_k[limited], group)
+        threshold[picked] = torch.maximum(threshold[picked], kth)
+    limited = np.flatnonzero(filters.top_p < 1)
+    if limited.size:
+        picked = upload(limited, device)
+        top_p = upload(filters.top_p[limited], device)
+        threshold[picked] = _mass_threshold(scaled[picked], largest[picked], threshold[picked], top_p, group)
     return threshold
 
 
-def _kth_largest(scaled: torch.Tensor, top_k: torch.Tensor, group: Group) -> torch.Tensor:
+def _kth_largest(scaled: torch.Tensor, top_k: NDArray[np.int64], group: Group) -> torch.Tensor:
     """The k-th largest value of each row over the whole vocabulary, which has more than k."""
     most = int(top_k.max())
     count = min(most, scaled.shape[1])
-    mine = torch.full((scaled.shape[0], most), -math.inf)
+    mine = torch.full((scaled.shape[0], most), -math.inf, device=scaled.device)
     mine[:, :count] = scaled.topk(count, dim=1).values
     # [tp, r, k] -> [r, tp * k]
     merged = group.all_gather(mine).transpose(0, 1).reshape(scaled.shape[0], -1)
-    return merged.topk(most, dim=1).values.gather(1, (top_k - 1).unsqueeze(1)).squeeze(1)
+    place = upload(top_k - 1, scaled.device)
+    return merged.topk(most, dim=1).values.gather(1, place.unsqueeze(1)).squeeze(1)
 
 
 def _mass_threshold(
@@ -114,14 +145,14 @@ def _mass_threshold(
     # float64 before the difference: rounded in float32, it could put the last token that fits beyond the edge.
     distance = largest.double().unsqueeze(1) - scaled.double()
     mass = torch.exp(-distance).masked_fill_(scaled < floor.unsqueeze(1), 0.0)
-    start = torch.zeros(len(largest), 1, dtype=torch.float64)
+    start = torch.zeros(len(largest), 1, dtype=torch.float64, device=scaled.device)
     width = torch.full_like(start, _RANGE / _BINS)
     above = torch.zeros_like(start)
     target: torch.Tensor | None = None
     for _ in range(_PASSES):
         place = ((distance - start) / width).floor_()
         is_inside = (place >= 0) & (place < _BINS)
-        bins = torch.zeros(len(largest), _BINS, dtype=torch.float64)
+        bins = torch.zeros(len(largest), _BINS, dtype=torch.float64, device=scaled.device)
         # NaNs fall anywhere: `arg_max` reports them.
         bins.scatter_add_(1, place.clamp_(0, _BINS - 1).nan_to_num_().long(), mass * is_inside)
         bins = group.all_reduce(bins)
@@ -141,7 +172,7 @@ def score(
 ) -> list[list[TokenLogprob]]:
     """Log-probabilities of the `chosen` ids and of each row's likeliest tokens.
 
-    logits float32 [r, vocab/tp], raw; chosen int64 [r]; `num_likeliest` says how many for each row.
+    logits float32 [r, vocab/tp], raw; chosen int64 [r]; `num_likeliest` says how many for each row. It waits for a GPU.
     """
     group = shard.group
     largest = group.all_reduce(logits.amax(dim=1), op="max")
@@ -154,13 +185,14 @@ def score(
     ranks = group.all_reduce((logits > value.unsqueeze(1)).sum(dim=1)) + 1
     most = min(max(num_likeliest, default=0), shard.vocab)
     count = min(most, shard.size)
-    best = torch.full((len(chosen), most, 2), -math.inf, dtype=torch.float64)
+    best = torch.full((len(chosen), most, 2), -math.inf, dtype=torch.float64, device=logits.device)
     values, ids = logits.topk(count, dim=1)
     best[:, :count, 0], best[:, :count, 1] = values.double(), (ids + shard.first).double()
     # [tp, r, k, 2] -> [r, tp * k, 2]
     merged = group.all_gather(best).transpose(0, 1).reshape(len(chosen), -1, 2)
     order = merged[:, :, 0].sort(dim=1, descending=True, stable=True).indices[:, :most]
-    top_values, top_ids = merged[:, :, 0].gather(1, order), merged[:, :, 1].gather(1, order)
+    top_values, top_ids = merged[:, :, 0].gather(1, order).cpu(), merged[:, :, 1].gather(1, order).cpu()
+    normaliser, value, ranks, chosen = normaliser.cpu(), value.cpu(), ranks.cpu(), chosen.cpu()
     rows = []
     for r, wanted in enumerate(num_likeliest):
         z = float(normaliser[r])

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from lepton_dist.kernels.cpu import pointwise
+from lepton_dist.kernels.cuda.library import fused_kernels_for
 
 ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
@@ -20,7 +21,11 @@ ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 def gated(x: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """act(gate) * up: x [tokens, 2 * ffn] holds gate, then up -> [tokens, ffn]."""
-    if activation is functional.silu and (library := pointwise.library_for(x)) is not None and x.is_contiguous():
-        return pointwise.gated_silu(library, x)
+    if activation is functional.silu and x.is_contiguous():
+        if (library := pointwise.library_for(x)) is not None:
+            return pointwise.gated_silu(library, x)
+        if (fused := fused_kernels_for(x)) is not None:
+            product: torch.Tensor = fused.gated_silu(x)
+            return product
     gate, up = x.chunk(2, dim=-1)
     return activation(gate).mul_(up)

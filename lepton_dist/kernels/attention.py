@@ -14,21 +14,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 
 from lepton_dist.kernels.cpu import paged, pointwise
 from lepton_dist.kernels.cpu.native import has_heads_side_by_side
 from lepton_dist.kernels.cpu.paged import PagedTasks
+from lepton_dist.kernels.cuda.library import fused_kernels_for
+from lepton_dist.kernels.rope import rotate
+from lepton_dist.kernels.upload import upload
 
 
 @dataclass
 class Decodes:
     """The sequences of a batch that have one new token each.
 
-    rows int64 [n]: their rows in the batch; block_tables int64 [n, blocks], padded with 0; lengths int64 [n]: tokens
-    in the cache including the new one.
+    rows int64 [n]: their rows in the batch, None where it has no others; block_tables int64 [n, blocks], padded with 0;
+    lengths int64 [n]: tokens in the cache including the new one.
     """
 
-    rows: torch.Tensor
+    rows: torch.Tensor | None
     block_tables: torch.Tensor
     lengths: torch.Tensor
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
@@ -75,12 +79,23 @@ class PagedBatch:
     """Where a batch's tokens lie in the cache, and what they attend to.
 
     slots int64 [tokens]: where each token's key and value go; spans int64 [sequences, 3]: first row of the batch, rows,
-    tokens in the cache including the new ones; tables int64 [sequences, blocks], padded with 0.
+    tokens in the cache including the new ones; tables int64 [sequences, blocks], padded with 0. Slots and tables are
+    where the cache is, spans always on the CPU.
     """
 
     def __init__(self, slots: torch.Tensor, spans: NDArray[np.int64], tables: torch.Tensor) -> None:
         self.slots, self.spans, self.tables = slots, spans, tables
         self._tasks: dict[int, PagedTasks] = {}
+
+    @staticmethod
+    def of_decodes(slots: torch.Tensor, tables: torch.Tensor, lengths: torch.Tensor) -> PagedBatch:
+        """A batch of one new token a sequence whose lengths [n], too, are where the cache is; 0 marks padding.
+
+        Nothing of it is looked at before a kernel does, so it may be used over and over in a captured graph.
+        """
+        batch = PagedBatch(slots, np.empty((0, 3), dtype=np.int64), tables)
+        batch.decodes = Decodes(None, tables, lengths)
+        return batch
 
     def tasks(self, group: int) -> PagedTasks:
         """The batch as the compiled kernel takes it, for `group` query heads a KV head."""
@@ -94,8 +109,11 @@ class PagedBatch:
         chosen = np.flatnonzero(self.spans[:, 1] == 1)
         if not chosen.size:
             return None
-        rows, lengths = (torch.from_numpy(self.spans[chosen, column]) for column in (0, 2))
-        return Decodes(rows, self.tables[torch.from_numpy(chosen)], lengths)
+        device = self.tables.device
+        lengths = upload(self.spans[chosen, 2], device)
+        if len(chosen) == len(self.spans):
+            return Decodes(None, self.tables, lengths)
+        return Decodes(upload(self.spans[chosen, 0], device), self.tables[upload(chosen, device)], lengths)
 
     @cached_property
     def prefills(self) -> list[Prefill]:
@@ -117,6 +135,29 @@ def write_cache(
         arena[slots // arena.shape[2], :, slots % arena.shape[2]] = new.to(arena.dtype)
 
 
+def enter_cache(
+    turned: torch.Tensor,
+    value: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+) -> torch.Tensor:
+    """Rotate queries and keys, put keys and values into slots [tokens] of the arenas; returns the queries.
+
+    turned [tokens, heads + kv_heads, head_dim], queries before keys, may be changed; value [tokens, kv_heads,
+    head_dim]; angles cos and sin [tokens, 1, dim / 2], or None -> [tokens, heads, head_dim].
+    """
+    if (fused := fused_kernels_for(turned, keys)) is not None:
+        entered: torch.Tensor = fused.enter_cache(turned, value, angles, keys, values, slots)
+        return entered
+    if angles is not None:
+        turned = rotate(turned, *angles)
+    heads = turned.shape[1] - value.shape[1]
+    write_cache(keys, values, slots, turned[:, heads:], value)
+    return turned[:, :heads]
+
+
 def paged_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: PagedBatch, window: int | None
 ) -> torch.Tensor:
@@ -128,8 +169,11 @@ def paged_attention(
     if paged.can_attend(query, keys):
         batch.tasks(query.shape[1] // keys.shape[1]).attend(query, keys, values, output, window)
         return output
-    if batch.decodes is not None:
-        output[batch.decodes.rows] = _decode(query, keys, values, batch.decodes, window)
+    decodes = batch.decodes
+    if decodes is not None and decodes.rows is None:
+        return _decode(query, keys, values, decodes, window)
+    if decodes is not None:
+        output[decodes.rows] = _decode(query[decodes.rows], keys, values, decodes, window)
     for prefill in batch.prefills:
         rows = slice(prefill.start, prefill.start + prefill.count)
         output[rows] = _prefill(query[rows], keys, values, prefill, window)
@@ -139,10 +183,13 @@ def paged_attention(
 def _decode(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Decodes, window: int | None
 ) -> torch.Tensor:
-    count, (_, heads, dim) = batch.rows.numel(), query.shape
+    if (fused := fused_kernels_for(query, keys)) is not None:
+        mixed: torch.Tensor = fused.paged_decode(query, keys, values, batch.block_tables, batch.lengths, window)
+        return mixed
+    count, heads, dim = query.shape
     kv_heads = keys.shape[1]
     # The query heads of a KV head take the place of query positions: [n, kv_heads, group, head_dim].
-    q = query[batch.rows].view(count, kv_heads, heads // kv_heads, dim)
+    q = query.reshape(count, kv_heads, heads // kv_heads, dim)
     # [n, blocks, kv_heads, block_tokens, head_dim] -> [n, kv_heads, slots, head_dim]
     k, v = (
         arena[batch.block_tables].transpose(1, 2).reshape(count, kv_heads, -1, dim).to(q.dtype)
@@ -165,8 +212,13 @@ def _prefill(
         for arena in (keys, values)
     )
     is_grouped = heads != kv_heads
-    if batch.count == batch.length and (window is None or window >= batch.length):
+    is_whole = window is None or window >= batch.length
+    if is_whole and batch.count == batch.length:
         output = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
+    elif is_whole and q.is_cuda:
+        # Flash attention knows a chunk's triangle by itself; a mask would shut it out.
+        bias = causal_lower_right(batch.count, batch.length)
+        output = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=is_grouped)
     else:
         output = functional.scaled_dot_product_attention(q, k, v, attn_mask=batch.mask(window), enable_gqa=is_grouped)
     return output[0].transpose(0, 1)

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from lepton_dist.kernels.activations import ACTIVATIONS
-from lepton_dist.kernels.linear import Weight, make_weight
 from lepton_dist.model.config import ModelConfig
+from lepton_dist.model.held import HeldParameters
 from lepton_dist.model.layers import Attend, Attention, Embedding, Linear, Mlp, Norm, Reduce
-from lepton_dist.model.parameters import matrix_kind
 from lepton_dist.model.rope import RopeTables
 from lepton_dist.plan.axes import Axis
 
@@ -76,52 +75,49 @@ class Decoder:
 
 @dataclass(frozen=True)
 class DecoderParts:
-    """What a decoder is made from: tensors by parameter name, and how to sum over a contracted axis.
+    """What a decoder is made from: its parameters, and how to sum over a contracted axis.
 
-    `dtype` is that of the matmuls' activations; `weights` the kind to which matrices are packed or rounded. They are
-    taken out of `tensors` one by one meanwhile, so that only one is there in both forms.
+    All are on `device`, the CPU by default. `dtype` is that of the matmuls' activations.
     """
 
     config: ModelConfig
-    tensors: dict[str, torch.Tensor]
+    held: HeldParameters
     reduce: Callable[[Axis], Reduce]
     dtype: torch.dtype
-    weights: str
     first_vocab_row: int
+    device: torch.device | None = None
 
     def linear(self, name: str, contracted: Axis) -> Linear:
         """The collective follows from the axis that the matmul contracts."""
         return Linear(
-            self._pack(f"{name}.weight", self.tensors.pop(f"{name}.weight")),
-            self.tensors.get(f"{name}.bias"),
+            self.held.matrices[f"{name}.weight"],
+            self.held.tensors.get(f"{name}.bias"),
             self.reduce(contracted),
         )
 
     def tied_head(self) -> Linear:
         """The head that is the embedding's matrix, which the embedding keeps."""
-        return Linear(self._pack("head.weight", self.tensors["embedding.weight"]), None, self.reduce(Axis.EMBED))
-
-    def _pack(self, name: str, matrix: torch.Tensor) -> Weight:
-        return make_weight(matrix, matrix_kind(name, self.weights))
+        return Linear(self.held.tied_head(), None, self.reduce(Axis.EMBED))
 
     def norm(self, name: str) -> Norm:
         """The norm of this name."""
-        return Norm(self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"), self.config.norm_eps, self.dtype)
+        tensors = self.held.tensors
+        return Norm(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"), self.config.norm_eps, self.dtype)
 
 
 def build_decoder(parts: DecoderParts, layers: range) -> Decoder:
-    """Assemble the layers of one stage from its tensors."""
+    """Assemble the layers of one stage from its parameters."""
     config = parts.config
     embedding = head = None
     if layers.start == 0:
-        positions = parts.tensors.get("positions.weight")
+        positions = parts.held.tensors.get("positions.weight")
         embedding = Embedding(
-            parts.tensors["embedding.weight"], parts.first_vocab_row, positions, parts.reduce(Axis.VOCAB)
+            parts.held.tensors["embedding.weight"], parts.first_vocab_row, positions, parts.reduce(Axis.VOCAB)
         )
     if layers.stop == config.shape.num_layers:
-        has_own = "head.weight" in parts.tensors
+        has_own = "head.weight" in parts.held.matrices
         head = Head(parts.norm("final_norm"), parts.linear("head", Axis.EMBED) if has_own else parts.tied_head())
-    rope = None if config.rope is None else RopeTables(config.rope, config.max_positions)
+    rope = None if config.rope is None else RopeTables(config.rope, config.max_positions, parts.device)
     return Decoder(embedding, [_layer(parts, index) for index in layers], head, rope)
 
 

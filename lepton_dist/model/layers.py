@@ -12,7 +12,6 @@ from torch.nn import functional
 from lepton_dist.kernels.activations import gated
 from lepton_dist.kernels.linear import Weight
 from lepton_dist.kernels.norms import add_rms_norm, layer_norm, rms_norm
-from lepton_dist.kernels.rope import rotate
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 """Sums partial results over the ranks that share a contracted axis; the identity where it is not sharded."""
@@ -22,9 +21,18 @@ class Attend(Protocol):
     """Attention with whatever keeps the keys and values."""
 
     def __call__(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
+        self,
+        layer: int,
+        turned: torch.Tensor,
+        value: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor] | None,
+        window: int | None,
     ) -> torch.Tensor:
-        """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim] -> [tokens, heads, head_dim]."""
+        """Rotate by `angles` and attend.
+
+        turned [tokens, heads + kv_heads, head_dim], queries before keys; value [tokens, kv_heads, head_dim]; angles cos
+        and sin [tokens, 1, dim / 2], or None -> [tokens, heads, head_dim].
+        """
         ...
 
 
@@ -106,10 +114,7 @@ class Attention:
         turned, value = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
         if self.q_norm is not None and self.k_norm is not None:
             turned = torch.cat((self.q_norm(turned[:, :heads]), self.k_norm(turned[:, heads:])), dim=1)
-        if angles is not None:
-            turned = rotate(turned, *angles)
-        query, key = turned[:, :heads], turned[:, heads:]
-        mixed = attend(layer, query, key, value, self.window)
+        mixed = attend(layer, turned, value, angles, self.window)
         return self.output(mixed.reshape(x.shape[0], -1))
 
 

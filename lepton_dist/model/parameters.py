@@ -64,6 +64,11 @@ def matrix_kind(name: str, weights: str) -> str:
     return "int8" if weights in INT4_GROUPS and name == "head.weight" else weights
 
 
+def is_looked_up(name: str) -> bool:
+    """Whether a matrix is a table of rows to pick from, and no factor of a product."""
+    return name in ("embedding.weight", "positions.weight")
+
+
 class ParameterTable:
     """The parameters of a model of a family, by stage."""
 

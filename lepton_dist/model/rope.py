@@ -19,14 +19,15 @@ KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 class RopeTables:
     """cos and sin for every position: float32 [positions, dim / 2], and a second pair for long contexts (longrope)."""
 
-    def __init__(self, rope: RopeConfig, max_positions: int) -> None:
+    def __init__(self, rope: RopeConfig, max_positions: int, device: torch.device | None = None) -> None:
+        # Made on the CPU, so that they are the same on every device.
         frequencies, scale = inverse_frequencies(rope, max_positions, is_long=False)
-        self.cos, self.sin = _table(frequencies, scale, max_positions)
+        self.cos, self.sin = (table.to(device) for table in _table(frequencies, scale, max_positions))
         self.has_long = rope.kind == "longrope"
         if self.has_long:
             self._long_after = int(rope.parameters["original_max_position_embeddings"])
             frequencies, scale = inverse_frequencies(rope, max_positions, is_long=True)
-            self.long_cos, self.long_sin = _table(frequencies, scale, max_positions)
+            self.long_cos, self.long_sin = (table.to(device) for table in _table(frequencies, scale, max_positions))
 
     def rows(self, positions: torch.Tensor, is_long: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of each token: [tokens, 1, dim / 2].

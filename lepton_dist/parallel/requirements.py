@@ -10,7 +10,7 @@ from lepton_dist.errors import CheckpointError
 from lepton_dist.kernels.linear import matrix_bytes
 from lepton_dist.model.config import ModelConfig
 from lepton_dist.model.family import Family
-from lepton_dist.model.parameters import Parameter, ParameterTable, Part, local_spans, matrix_kind
+from lepton_dist.model.parameters import Parameter, ParameterTable, Part, is_looked_up, local_spans, matrix_kind
 from lepton_dist.plan.axes import Axis, Span, span_size
 from lepton_dist.plan.placement import Seat
 from lepton_dist.plan.precision import QUANTIZED, Dtypes
@@ -106,11 +106,6 @@ def weight_bytes(table: ParameterTable, seat: Seat, dtypes: Dtypes) -> int:
 def num_weights(table: ParameterTable, seat: Seat) -> int:
     """Numbers in a seat's weights."""
     return sum(prod(parameter.local_shape(seat.spans)) for parameter in table.of_stage(seat.layers))
-
-
-def is_looked_up(name: str) -> bool:
-    """Whether a matrix is a table of rows to pick from, and no factor of a product."""
-    return name in ("embedding.weight", "positions.weight")
 
 
 def is_norm(name: str) -> bool:

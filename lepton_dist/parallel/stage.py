@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
+from lepton_dist.comm.devices import Devices
 from lepton_dist.comm.group import Group
 from lepton_dist.comm.transport import Handle
 from lepton_dist.comm.wire import Int8AllReduce, make_wire
 from lepton_dist.comm.world import World
 from lepton_dist.model.config import ModelConfig
 from lepton_dist.model.decoder import Decoder, DecoderParts, build_decoder
+from lepton_dist.model.held import HeldParameters
 from lepton_dist.model.layers import Reduce
 from lepton_dist.plan.axes import Axis
 from lepton_dist.plan.placement import Seat
@@ -33,23 +36,39 @@ class ParallelStage:
     vocab: int
 
 
-class StageLink:
-    """Activations between stages: received ahead of need, sent without waiting.
+Hop = tuple[int, int]
+"""A world rank, and one of the next stage that has its activations from it."""
+
+
+def hops(replica: Replica) -> list[Hop]:
+    """Every hop of a replica, in an order that is the same on all of its ranks.
 
     Activations are whole on every rank of a stage, so rank j of a stage receives from rank j mod n of the n before it.
     """
+    return [
+        (before.ranks[j % len(before.ranks)], rank)
+        for before, behind in pairwise(replica.stages)
+        for j, rank in enumerate(behind.ranks)
+    ]
 
-    def __init__(self, replica: Replica, seat: Seat, group: Group, hidden: int, dtype: torch.dtype) -> None:
+
+class StageLink:
+    """Activations between stages: received ahead of need, sent without waiting."""
+
+    def __init__(
+        self,
+        seat: Seat,
+        groups: Mapping[Hop, Group],
+        hidden: int,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> None:
+        """`groups` carry the hops that this seat is an end of; activations are on `device`, the CPU by default."""
         self.dtype = dtype  # the plan's `precision.wire`
-        self._group, self._wire = group, make_wire(hidden, dtype)
-        self._source: int | None = None
-        self._targets: list[int] = []
-        if not seat.is_first:
-            before = replica.stages[seat.stage - 1].ranks
-            self._source = group.members.index(before[seat.shard % len(before)])
-        if not seat.is_last:
-            own, behind = replica.stages[seat.stage].ranks, replica.stages[seat.stage + 1].ranks
-            self._targets = [group.members.index(rank) for j, rank in enumerate(behind) if j % len(own) == seat.shard]
+        self._wire = make_wire(hidden, dtype, device)
+        ends = [(hop, group, group.members.index) for hop, group in groups.items()]
+        self._source = next(((group, of(hop[0])) for hop, group, of in ends if hop[1] == seat.rank), None)
+        self._targets = [(group, of(hop[1])) for hop, group, of in ends if hop[0] == seat.rank]
         self._expected: deque[tuple[torch.Tensor, Handle]] = deque()
         self._sending: deque[Handle] = deque()
 
@@ -57,7 +76,8 @@ class StageLink:
         """Post the receive of the next batch's activations; nothing on the first stage."""
         if self._source is not None:
             buffer = self._wire.buffer(num_tokens)
-            self._expected.append((buffer, self._group.irecv(buffer, self._source)))
+            group, source = self._source
+            self._expected.append((buffer, group.irecv(buffer, source)))
 
     def receive(self) -> torch.Tensor:
         """The activations of the oldest expected batch: float32 [tokens, hidden]."""
@@ -70,7 +90,7 @@ class StageLink:
         while self._sending and self._sending[0].test():
             self._sending.popleft()
         packed = self._wire.pack(hidden)
-        self._sending.extend(self._group.isend(packed, target) for target in self._targets)
+        self._sending.extend(group.isend(packed, target) for group, target in self._targets)
 
     def flush(self) -> None:
         """Wait until everything sent has left."""
@@ -83,12 +103,31 @@ def stage_group(world: World, replica: Replica, seat: Seat, name: str) -> Group:
     return world.group(replica.stages[seat.stage].ranks, f"{name}-replica{seat.replica}-stage{seat.stage}")
 
 
-def reduce_over(group: Group, wire: torch.dtype) -> Callable[[Axis], Reduce]:
+def open_hops(world: World, replica: Replica, seat: Seat, devices: Devices) -> dict[Hop, Group]:
+    """The groups of the hops that a seat is an end of. Collective over the replica.
+
+    Between CPUs the replica's own group carries them all. A hop from or to a GPU has a group of its two ends: NCCL
+    would hold up what goes one way behind what comes the other.
+    """
+    whole = world.group(replica.ranks, f"replica{seat.replica}")
+    found = {}
+    for hop in hops(replica):
+        if seat.rank not in hop:
+            continue
+        if any(devices.bindings[end].is_gpu for end in hop):
+            group = world.group(hop, f"hop-{hop[0]}-{hop[1]}")
+            found[hop] = devices.serve(group, is_one_way=True)
+        else:
+            found[hop] = whole
+    return found
+
+
+def reduce_over(group: Group, wire: torch.dtype, device: torch.device | None = None) -> Callable[[Axis], Reduce]:
     """The rule of the plan: every axis but `embed` is sharded over the stage's group, so contracting it means a sum.
 
     Between nodes an int8 wire carries the sums too; inside a node they are exact, and so is that of the embedding.
     """
-    inner = Int8AllReduce(group) if wire == torch.int8 and group.num_nodes > 1 else group.all_reduce
+    inner = Int8AllReduce(group, device) if wire == torch.int8 and group.num_nodes > 1 else group.all_reduce
 
     def reduce(axis: Axis) -> Reduce:
         if axis == Axis.EMBED:
@@ -103,10 +142,17 @@ def _identity(x: torch.Tensor) -> torch.Tensor:
 
 
 def build_stage(
-    seat: Seat, config: ModelConfig, tensors: dict[str, torch.Tensor], dtypes: Dtypes, tp: Group, link: StageLink
+    seat: Seat,
+    config: ModelConfig,
+    held: HeldParameters,
+    dtypes: Dtypes,
+    tp: Group,
+    link: StageLink,
+    device: torch.device | None = None,
 ) -> ParallelStage:
-    """Assemble a rank's stage from its loaded tensors."""
+    """Assemble a rank's stage from its loaded parameters, all of them on `device`."""
     vocab_start = seat.spans[Axis.VOCAB][0].start
     dtype: torch.dtype = getattr(torch, dtypes.compute)
-    parts = DecoderParts(config, tensors, reduce_over(tp, link.dtype), dtype, dtypes.weights, vocab_start)
+    reduce = reduce_over(tp, link.dtype, device)
+    parts = DecoderParts(config, held, reduce, dtype, vocab_start, device)
     return ParallelStage(seat, build_decoder(parts, seat.layers), tp, link, vocab_start, config.shape.vocab)

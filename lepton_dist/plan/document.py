@@ -11,11 +11,22 @@ from typing import Any
 import yaml
 
 from lepton_dist.documents import Document, parse_yaml, read_yaml
-from lepton_dist.plan.plan import BALANCER_POLICIES, EngineLimits, Mesh, Plan, Precision, Replica, Stage
+from lepton_dist.plan.plan import (
+    BALANCER_POLICIES,
+    DEVICE_KINDS,
+    DeviceKind,
+    EngineLimits,
+    Mesh,
+    Plan,
+    Precision,
+    Replica,
+    Stage,
+)
 from lepton_dist.plan.precision import QUANTIZED
 
 DTYPES = ("float32", "bfloat16", "float16")
 WIRES = (*DTYPES, "int8")
+_KEYS = ("mesh", "replicas", "device", "ranks_per_gpu", "precision", "engine", "estimate", "cluster")
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B)?\s*")
 _UNIT = {
     "B": 1,
@@ -47,33 +58,40 @@ def parse_plan(text: str, source: str = "plan") -> Plan:
 def plan_from_document(document: Document) -> Plan:
     """Check and type the values of a parsed plan file."""
     values = _mapping(document, document.values if document.values is not None else {}, "")
-    _known(document, values, "", ("mesh", "replicas", "precision", "engine", "estimate"))
+    _known(document, values, "", _KEYS)
     if "mesh" in values and "replicas" in values:
         raise document.error("replicas", "give either `mesh` or `replicas`, not both")
-    if values.get("mesh") == "auto":
-        raise document.error(
-            "mesh", "`auto` is not supported: write dp, pp and tp, or take a plan of `lepton-dist plan`"
-        )
     if "mesh" not in values and "replicas" not in values:
-        raise document.error("", "needs `mesh: {dp, pp, tp}` or `replicas: [...]`")
+        raise document.error("", "needs `mesh: {dp, pp, tp}`, `mesh: auto` or `replicas: [...]`")
+    is_auto = values.get("mesh") == "auto"
     return Plan(
-        mesh=_mesh(document, values["mesh"]) if "mesh" in values else None,
+        mesh=_mesh(document, values["mesh"]) if "mesh" in values and not is_auto else None,
         replicas=_replicas(document, values["replicas"]) if "replicas" in values else (),
         precision=_precision(document, values.get("precision", {})),
         engine=_engine(document, values.get("engine", {})),
         estimate=_mapping(document, values.get("estimate", {}), "estimate"),
+        is_auto=is_auto,
+        cluster=_cluster(document, values["cluster"]) if values.get("cluster") is not None else None,
+        device=_device(document, values["device"], "device") if "device" in values else Plan.device,
+        ranks_per_gpu=_integer(document, values.get("ranks_per_gpu", Plan.ranks_per_gpu), "ranks_per_gpu", least=1),
     )
 
 
 def plan_to_yaml(plan: Plan) -> str:
     """The plan as YAML text that `parse_plan` reads back to an equal plan."""
     values: dict[str, Any] = {}
-    if plan.mesh is not None:
+    if plan.is_auto:
+        values["mesh"] = "auto"
+    elif plan.mesh is not None:
         values["mesh"] = {"dp": plan.mesh.dp, "pp": plan.mesh.pp, "tp": plan.mesh.tp}
     else:
         values["replicas"] = [
             {"stages": [_stage_values(stage) for stage in replica.stages]} for replica in plan.replicas
         ]
+    if plan.device != Plan.device:
+        values["device"] = plan.device
+    if plan.ranks_per_gpu != Plan.ranks_per_gpu:
+        values["ranks_per_gpu"] = plan.ranks_per_gpu
     precision = {f.name: getattr(plan.precision, f.name) for f in fields(Precision) if getattr(plan.precision, f.name)}
     if precision:
         values["precision"] = precision
@@ -82,6 +100,8 @@ def plan_to_yaml(plan: Plan) -> str:
     changed = {name: value for name, value in engine.items() if value != getattr(default, name)}
     if changed:
         values["engine"] = changed
+    if plan.cluster is not None:
+        values["cluster"] = plan.cluster
     if plan.estimate:
         values["estimate"] = dict(plan.estimate)
     return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=120)
@@ -93,6 +113,8 @@ def _stage_values(stage: Stage) -> dict[str, Any]:
         values["layers"] = stage.layers
     if len(set(stage.shares)) > 1:
         values["shares"] = [int(share) if share == int(share) else share for share in stage.shares]
+    if stage.device is not None:
+        values["device"] = stage.device
     return values
 
 
@@ -135,6 +157,13 @@ def _mesh(document: Document, value: Any) -> Mesh:
     return Mesh(**{name: _integer(document, size, f"mesh.{name}", least=1) for name, size in values.items()})
 
 
+def _cluster(document: Document, value: Any) -> str:
+    """A path as seen from where the job was started; in the plan it is relative to the plan's own file."""
+    if not isinstance(value, str) or not value:
+        raise document.error("cluster", f"must be the path of a cluster file, not {value!r}")
+    return str(Path(document.source).parent / value)
+
+
 def _replicas(document: Document, value: Any) -> tuple[Replica, ...]:
     if not isinstance(value, list) or not value:
         raise document.error("replicas", "must be a list of at least one replica")
@@ -152,7 +181,7 @@ def _replica(document: Document, value: Any, key: str) -> Replica:
 
 def _stage(document: Document, value: Any, key: str) -> Stage:
     values = _mapping(document, value, key)
-    _known(document, values, key, ("ranks", "layers", "shares"))
+    _known(document, values, key, ("ranks", "layers", "shares", "device"))
     ranks = values.get("ranks")
     if not isinstance(ranks, list) or not ranks:
         raise document.error(f"{key}.ranks", "must be a list of at least one rank")
@@ -165,7 +194,15 @@ def _stage(document: Document, value: Any, key: str) -> Stage:
     for index, share in enumerate(shares):
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < float("inf"):
             raise document.error(f"{key}.shares[{index}]", f"must be a number above 0, not {share!r}")
-    return Stage(members, layers, tuple(float(share) for share in shares))
+    device = _device(document, values["device"], f"{key}.device") if "device" in values else None
+    return Stage(members, layers, tuple(float(share) for share in shares), device=device)
+
+
+def _device(document: Document, value: Any, key: str) -> DeviceKind:
+    if value not in DEVICE_KINDS:
+        raise document.error(key, f"{value!r} is no device; known: {', '.join(DEVICE_KINDS)}")
+    kind: DeviceKind = value
+    return kind
 
 
 def _precision(document: Document, value: Any) -> Precision:

@@ -14,6 +14,8 @@ from lepton_dist.errors import ConfigError
 from lepton_dist.plan.axes import ModelShape
 
 Auto = Literal["auto"]
+DeviceKind = Literal["cpu", "cuda", "auto"]
+DEVICE_KINDS: tuple[DeviceKind, ...] = ("cpu", "cuda", "auto")
 BalancerPolicy = Literal["predicted", "least_outstanding", "round_robin"]
 BALANCER_POLICIES: tuple[BalancerPolicy, ...] = ("predicted", "least_outstanding", "round_robin")
 
@@ -37,12 +39,16 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Stage:
-    """Contiguous layers on the ranks of one tensor-parallel group. ``layers`` 0 means: not yet resolved."""
+    """Contiguous layers on the ranks of one tensor-parallel group. ``layers`` 0 means: not yet resolved.
+
+    `device` None is the plan's.
+    """
 
     ranks: tuple[int, ...]
     layers: int = 0
     shares: tuple[float, ...] = ()
     first_layer: int = 0
+    device: DeviceKind | None = None
 
     @property
     def layer_range(self) -> range:
@@ -101,13 +107,21 @@ class EngineLimits:
 
 @dataclass(frozen=True)
 class Plan:
-    """Who holds what, in which precision, with which limits."""
+    """Who holds what, in which precision, with which limits.
+
+    With `is_auto` the planner has yet to say who holds what. `cluster` is the path of a file of `lepton-dist profile`.
+    `device` is that of the stages which name none; at most `ranks_per_gpu` ranks compute on one GPU.
+    """
 
     mesh: Mesh | None = None
     replicas: tuple[Replica, ...] = ()
     precision: Precision = field(default_factory=Precision)
     engine: EngineLimits = field(default_factory=EngineLimits)
     estimate: Mapping[str, Any] = field(default_factory=dict)
+    is_auto: bool = False
+    cluster: str | None = None
+    device: DeviceKind = "cpu"
+    ranks_per_gpu: int = 1
 
     @staticmethod
     def from_mesh(*, dp: int = 1, pp: int = 1, tp: int = 1) -> Plan:
@@ -127,13 +141,28 @@ class Plan:
         """Every rank that the plan uses; none for the short form."""
         return frozenset(rank for replica in self.replicas for rank in replica.ranks)
 
+    def device_of(self, stage: Stage) -> DeviceKind:
+        """Where a stage of this plan computes."""
+        return stage.device or self.device
+
+    @property
+    def wants_gpus(self) -> bool:
+        """Whether any stage is on GPUs, or may be; of a resolved plan."""
+        return any(self.device_of(stage) != "cpu" for replica in self.replicas for stage in replica.stages)
+
     def resolve(self, shape: ModelShape, world_size: int) -> Plan:
         """Expand to the explicit form and check it against a model and a world.
 
         Raises:
             ConfigError: ranks absent from the world or used twice, a mesh of another size, layers that do not add up
-                to the model's, or more ranks in a stage than the model has heads.
+                to the model's, more ranks in a stage than the model has heads, or an automatic plan.
         """
+        if self.is_auto:
+            raise ConfigError(
+                "`auto` is for `generate`, whose input says what to plan for: write dp, pp and tp here, or take a plan "
+                "of `lepton-dist plan`",
+                key="mesh",
+            )
         replicas = self.replicas if self.mesh is None else _grid(self.mesh, world_size)
         placed = tuple(_place_layers(index, replica, shape.num_layers) for index, replica in enumerate(replicas))
         _check_ranks(placed, world_size)

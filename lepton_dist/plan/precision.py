@@ -28,18 +28,19 @@ class Dtypes:
     notice: str = ""
 
 
-def decide_dtypes(precision: Precision, override: str | None, checkpoint: str) -> Dtypes:
+def decide_dtypes(precision: Precision, override: str | None, checkpoint: str, *, has_float16: bool = False) -> Dtypes:
     """`override` sets all; else the plan, then the checkpoint (weights, compute) and compute (KV cache and wire).
 
-    CPUs have no fast float16 matmul in torch, so float16 is held and computed in float32 there.
+    CPUs have no fast float16 matmul in torch, so float16 is held and computed in float32, unless `has_float16`: every
+    stage of the plan is on GPUs.
     """
     weights = override or precision.weights or checkpoint
     compute = checkpoint if weights in QUANTIZED else weights
     kv_cache = override or precision.kv_cache or compute
     wire = override or precision.wire or compute
     names = (weights, kv_cache, wire, compute)
-    if "float16" not in names:
+    if "float16" not in names or has_float16:
         return Dtypes(*names)
     weights, kv_cache, wire, compute = ("float32" if name == "float16" else name for name in names)
-    notice = "float16 is computed in float32 on CPUs (bfloat16 would take half the memory)"
+    notice = "float16 is computed in float32 unless every stage is `device: cuda` (bfloat16 would take half the memory)"
     return Dtypes(weights, kv_cache, wire, compute, notice)

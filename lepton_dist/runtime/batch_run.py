@@ -10,9 +10,11 @@ from typing import Any
 from lepton_dist.config.generate import GenerateConfig
 from lepton_dist.config.sampling import SamplingParams
 from lepton_dist.errors import EXIT_DONE, EXIT_ROW_ERRORS, EXIT_STOPPED, RequestError
+from lepton_dist.runtime.auto_plan import plan_here
 from lepton_dist.runtime.controller import Controller
+from lepton_dist.runtime.decision_log import decision_log
 from lepton_dist.runtime.interrupts import Interrupts
-from lepton_dist.runtime.opening import ModelRequest, draw_blueprint, load_plan_document, open_model
+from lepton_dist.runtime.opening import ModelRequest, draw_blueprint, load_plan_document, named_cluster, open_model
 from lepton_dist.runtime.requests import Ahead, Item, Prepared, RequestMaker, checkpoint_sampling, refused
 from lepton_dist.runtime.run_report import write_report
 from lepton_dist.runtime.session import Blueprint
@@ -38,7 +40,10 @@ def run_batch(controller: Controller, interrupts: Interrupts, config: GenerateCo
         RankLostError: a rank is lost.
     """
     plan, document = load_plan_document(config.plan)
-    request = ModelRequest(config.model, plan, config.dtype, config.threads)
+    cluster = named_cluster(plan, controller.world.nodes)
+    if plan is not None and plan.is_auto:
+        plan, cluster = plan_here(controller, config, plan, cluster)
+    request = ModelRequest(config.model, plan, config.dtype, config.threads, cluster)
     blueprint, dtypes = draw_blueprint(controller.world, request, document)
     checkpoint = checkpoint_sampling(config.model)
     tokenizer = _tokenizer(config.model)
@@ -62,13 +67,14 @@ def run_batch(controller: Controller, interrupts: Interrupts, config: GenerateCo
             # While the ranks load, rows are read: the balancer wants to see many of them before it assigns the first.
             ahead = Ahead((row for row in rows if row.key not in journal.done), maker.prepare, PREPARE_AHEAD)
             try:
-                open_model(controller, request, document)
-                progress = Progress(count_rows(config.input), len(journal.done))
-                interrupts.is_orderly = True
-                try:
-                    return BatchRun(controller, interrupts, journal, formatter, ahead, progress, config).to_end()
-                finally:
-                    progress.close()
+                with decision_log(config.decision_log) as write:
+                    open_model(controller, request, document, write=write)
+                    progress = Progress(count_rows(config.input), len(journal.done))
+                    interrupts.is_orderly = True
+                    try:
+                        return BatchRun(controller, interrupts, journal, formatter, ahead, progress, config).to_end()
+                    finally:
+                        progress.close()
             finally:
                 ahead.stop()
 
@@ -188,7 +194,7 @@ class BatchRun:
     def _report(self) -> None:
         """Say how the ranks were used. The rows are safe: a report that cannot be written is worth a line."""
         try:
-            told = write_report(Path(self.config.output), self.controller.recorder.record())
+            told = write_report(Path(self.config.output), self.controller.record())
         except OSError as error:
             told = f"the run's report could not be written: {error.strerror}"
         if told:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle
 
@@ -39,13 +39,15 @@ _SEQUENCES, _PROMPT, _VOCAB = 32, 512, 32768
 _LAYERS = (2, 8)
 
 
-def measure_compute(node: Group, alone: Group) -> ComputeFacts:
+def measure_compute(node: Group, alone: Group, kinds: Sequence[str] = KINDS) -> ComputeFacts:
     """Rates and overheads of this rank, in some ten seconds; collective over the group of its node.
+
+    `kinds` are those of weights, all that there are by default.
 
     Raises:
         RankLostError: a rank of the node did not come in time.
     """
-    matmul = {kind: _matmul_rates(node, kind) for kind in KINDS}
+    matmul = {kind: _matmul_rates(node, kind) for kind in kinds}
     overheads = _overheads(node, alone)
     return ComputeFacts(memory_bytes_per_s=_memory_rate(node), matmul=matmul, **overheads)
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from lepton_dist.comm.wait import Backoff
 from lepton_dist.comm.world import World
+from lepton_dist.coordinator.cluster import Cluster
+from lepton_dist.coordinator.cost_model import CostModel
+from lepton_dist.coordinator.decisions import Write
 from lepton_dist.coordinator.dispatcher import Dispatcher, RanStep
+from lepton_dist.coordinator.prior import measured_prior, typical_prior
+from lepton_dist.coordinator.report import RunRecord
 from lepton_dist.engine.request import Request
+from lepton_dist.engine.work import StepWork
 from lepton_dist.errors import ConfigError, LeptonError, RankLostError, RequestError
-from lepton_dist.plan.plan import Plan
+from lepton_dist.plan.precision import Dtypes
 from lepton_dist.runtime.examine import EXAMINE_TIMEOUT_S
 from lepton_dist.runtime.facts import RankFacts
 from lepton_dist.runtime.messages import (
@@ -52,15 +58,27 @@ class Controller:
         self._backoff = Backoff()
         self._blueprint: Blueprint | None = None
         self._dispatcher = Dispatcher([])
-        self.recorder = Recorder(Plan(), world.hosts)
+        self._recorder: Recorder | None = None
         self._finished: list[tuple[str, RequestOutput]] = []
         self._refused: dict[int, SessionRefused] = {}
         self._closed: set[int] = set()
         self._examined: dict[int, RankFacts] = {}
 
-    def open(self, blueprint: Blueprint, order: OpenSession, *, is_dynamic: bool = True) -> None:
-        """Open a session on every rank and wait until all have loaded; without `is_dynamic` the replicas get
-        requests in turn, whatever the plan says.
+    def open(
+        self,
+        blueprint: Blueprint,
+        order: OpenSession,
+        *,
+        is_dynamic: bool = True,
+        cluster: Cluster | None = None,
+        write: Write | None = None,
+    ) -> None:
+        """Open a session on every rank and wait until all have loaded.
+
+        Args:
+            is_dynamic: without it the replicas get requests in turn, whatever the plan says.
+            cluster: the job's machines as they were measured, if they were; the cost model starts from them.
+            write: takes the lines of the balancer's log (`coordinator/decisions.py`), if one is wanted.
 
         Raises:
             ConfigError: weights and KV cache do not fit the memory of a rank; every rank stays as it was.
@@ -78,20 +96,24 @@ class Controller:
             raise ConfigError(refused.message, key=refused.key)
         self._blueprint = blueprint
         slots = [blueprint.limits.max_sequences] * len(blueprint.plan.replicas)
-        self._dispatcher = Dispatcher(slots, blueprint.limits.balancer if is_dynamic else "round_robin")
-        self.recorder = Recorder(blueprint.plan, self.world.hosts)
+        self._dispatcher = Dispatcher(slots, blueprint.limits.balancer if is_dynamic else "round_robin", write=write)
+        self._recorder = self._new_recorder(blueprint, order, cluster)
 
-    def examine(self, model: str = "", *, measures: bool = False) -> list[RankFacts]:
+    def record(self) -> RunRecord:
+        """What the session has done so far, or the last one did."""
+        return self._require_recorder().record()
+
+    def examine(self, model: str = "", *, kinds: Sequence[str] = (), threads: int = 0) -> list[RankFacts]:
         """What every rank finds out about its machine and its links, in rank order; no session need be open.
 
-        With `measures` it finds out how fast it computes, too.
+        With `kinds` of weights it finds out how fast it computes with them, too, on so many `threads` (0: the job's).
 
         Raises:
             RankLostError: a rank did not answer in time.
         """
         self._examined.clear()
         for rank in range(self.world.size):
-            self._rank.send(rank, Examine(model, measures))
+            self._rank.send(rank, Examine(model, list(kinds), threads))
         # Ranks that wait for a lost one give up after the same time, and know better who it is: let them speak first.
         timeout_s = 2 * EXAMINE_TIMEOUT_S
         self._wait(lambda: set(range(self.world.size)) - set(self._examined), timeout_s, "examining the machines")
@@ -193,9 +215,9 @@ class Controller:
             self._finished.append((message.key, message.output))
         elif isinstance(message, Measured):
             rows = np.frombuffer(message.steps).reshape(-1, 6).tolist()
-            steps = [RanStep(int(row[0]), int(row[1]), int(row[2]), row[5]) for row in rows]
+            steps = [RanStep(StepWork(*map(int, row[:5])), row[5]) for row in rows]
             self._dispatcher.ran(message.replica, message.begun, steps)
-            self.recorder.ran(message.replica, len(message.begun), steps)
+            self._require_recorder().ran(message.replica, len(message.begun), steps)
         elif isinstance(message, Dropped):
             self._dispatcher.dropped(message.replica, message.keys)
         elif isinstance(message, SessionReady):
@@ -208,6 +230,21 @@ class Controller:
             self._examined[message.facts.rank] = message.facts
         else:
             raise LeptonError(f"rank 0 got the unexpected message {type(message).__name__}")
+
+    def _new_recorder(self, blueprint: Blueprint, order: OpenSession, cluster: Cluster | None) -> Recorder:
+        world = self.world
+        threads = [self.ready[rank].threads for rank in range(world.size)]
+        prior = typical_prior(world.hosts, world.nodes, threads) if cluster is None else measured_prior(cluster)
+        config, dtypes = blueprint.config, Dtypes(order.weights, order.kv_cache, order.wire, order.compute)
+        costs = CostModel(
+            prior.cluster, blueprint.plan, config.shape, dtypes, is_gated=config.is_gated, is_tied=config.is_tied
+        )
+        return Recorder(blueprint.plan, world.hosts, costs, prior)
+
+    def _require_recorder(self) -> Recorder:
+        if self._recorder is None:
+            raise LeptonError("no session was opened")
+        return self._recorder
 
     def _wait(self, missing: Callable[[], set[int]], timeout_s: float, phase: str) -> None:
         end = time.monotonic() + timeout_s

@@ -5,18 +5,28 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Sequence
 from importlib import metadata
 
 import psutil
 import torch
 
 from lepton_dist.comm.calibrate import calibrate
+from lepton_dist.comm.devices import has_gpus, nccl_problem, see_gpus
 from lepton_dist.comm.group import Group
 from lepton_dist.comm.world import World
 from lepton_dist.config.machine import affinity_mask, asked_threads, available_bytes, fair_threads
 from lepton_dist.errors import CheckpointError
 from lepton_dist.runtime.compute import measure_compute, measure_reduce
-from lepton_dist.runtime.facts import CollectiveTiming, ComputeFacts, GroupFacts, PairTiming, RankFacts, ReduceCurve
+from lepton_dist.runtime.facts import (
+    CollectiveTiming,
+    ComputeFacts,
+    GpuFacts,
+    GroupFacts,
+    PairTiming,
+    RankFacts,
+    ReduceCurve,
+)
 from lepton_dist.storage.fingerprint import model_fingerprint
 
 EXAMINE_TIMEOUT_S = 60.0
@@ -26,11 +36,12 @@ _MOST_ROUNDS = 500
 _PACKAGES = ("lepton-dist", "mpi4py", "numpy", "tokenizers")
 
 
-def examine(world: World, model: str = "", *, measures: bool = False) -> RankFacts:
+def examine(world: World, model: str = "", *, kinds: Sequence[str] = (), threads: int = 0) -> RankFacts:
     """Look at this rank's machine and measure its links; collective over the world, under a second on sound links.
 
-    The first rank of each node also looks for the directory `model`, when one is named. With `measures` every rank
-    measures how fast it computes, which takes some ten seconds more.
+    The first rank of each node also looks for the directory `model`, when one is named. With `kinds` of weights every
+    rank measures how fast it computes with them, which takes some ten seconds more for all of them; `threads` are as
+    asked for this run, 0 for the job's.
 
     Raises:
         RankLostError: a rank did not come before the deadline.
@@ -47,8 +58,8 @@ def examine(world: World, model: str = "", *, measures: bool = False) -> RankFac
             everyone.barrier()
             groups.append(_group_facts(everyone, "job"))
         pairs = _inside_nodes(world, everyone) + _between_nodes(world, everyone)
-        threads = asked_threads() or fair_threads(masks, node.rank)
-        compute, reduces = _measured(world, node, everyone, threads) if measures else (None, [])
+        threads = threads or asked_threads() or fair_threads(masks, node.rank)
+        compute, reduces = _measured(world, node, everyone, threads, kinds) if kinds else (None, [])
     looks = model and node.rank == 0
     shm_bytes, shm_free_bytes = _shared_memory()
     return RankFacts(
@@ -62,7 +73,8 @@ def examine(world: World, model: str = "", *, measures: bool = False) -> RankFac
         node_memory_bytes=psutil.virtual_memory().total,
         shm_bytes=shm_bytes,
         shm_free_bytes=shm_free_bytes,
-        gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        gpus=_gpus(),
+        nccl_problem=nccl_problem() if has_gpus() else "",
         model=_look_for(model) if looks else "",
         groups=[facts for facts in groups if facts.ranks[0] == world.rank],
         pairs=pairs,
@@ -71,10 +83,12 @@ def examine(world: World, model: str = "", *, measures: bool = False) -> RankFac
     )
 
 
-def _measured(world: World, node: Group, everyone: Group, threads: int) -> tuple[ComputeFacts, list[ReduceCurve]]:
+def _measured(
+    world: World, node: Group, everyone: Group, threads: int, kinds: Sequence[str]
+) -> tuple[ComputeFacts, list[ReduceCurve]]:
     """How fast this rank computes, and its groups add: the latter from each group's first rank alone."""
     torch.set_num_threads(threads)  # as a session does
-    compute = measure_compute(node, world.group([world.rank], "alone"))
+    compute = measure_compute(node, world.group([world.rank], "alone"), kinds)
     groups = {"node": node} if node is everyone else {"node": node, "job": everyone}
     curves = []
     for name, group in groups.items():
@@ -148,6 +162,16 @@ def _half_round_trip(everyone: Group, first: int, second: int, num_bytes: int) -
     for _ in range(count):
         round_trip(data)
     return max(time.perf_counter() - start, 1e-9) / count / 2
+
+
+def _gpus() -> list[GpuFacts]:
+    """The GPUs that this rank sees. Their free memory is asked of each, which gives it a context for as long."""
+    found = []
+    for number, identity in enumerate(see_gpus().gpus):
+        properties = torch.cuda.get_device_properties(number)
+        free, total = torch.cuda.mem_get_info(number)
+        found.append(GpuFacts(properties.name, identity, total, free))
+    return found
 
 
 def _versions() -> dict[str, str]:

@@ -63,11 +63,21 @@ class ComputeFacts(msgspec.Struct, frozen=True):
     logit_s: float
 
 
+class GpuFacts(msgspec.Struct, frozen=True):
+    """One GPU as a rank sees it. `identity` is its UUID in two words; sizes are bytes."""
+
+    name: str
+    identity: tuple[int, int]
+    memory_bytes: int
+    free_bytes: int
+
+
 class RankFacts(msgspec.Struct, frozen=True):
     """One rank and what it may use of its machine. Sizes are bytes.
 
-    `cores` are those of its affinity mask, `online_cores` the node's. `asked_threads` is 0 where the job asks for
-    none. `model` is the fingerprint of the model directory as this node sees it, or begins with ``error:``; it is
+    `cores` are those of its affinity mask, `online_cores` the node's. `asked_threads` is 0 where the job asks for none.
+    `gpus` are those that the rank sees, in the order of their numbers, and `nccl_problem` says why it cannot use NCCL
+    with them. `model` is the fingerprint of the model directory as this node sees it, or begins with ``error:``; it is
     empty where nobody asked or another rank of the node looked.
     """
 
@@ -81,7 +91,8 @@ class RankFacts(msgspec.Struct, frozen=True):
     node_memory_bytes: int
     shm_bytes: int
     shm_free_bytes: int
-    gpus: int = 0
+    gpus: list[GpuFacts] = []
+    nccl_problem: str = ""
     model: str = ""
     groups: list[GroupFacts] = []
     pairs: list[PairTiming] = []

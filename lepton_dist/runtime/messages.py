@@ -27,13 +27,15 @@ class OpenSession(msgspec.Struct, tag=True):
 
 
 class SessionReady(msgspec.Struct, tag=True):
-    """To rank 0: this rank has loaded its shard. Zeros where it has no seat."""
+    """To rank 0: this rank has loaded its shard, on `device`. Zeros where it has no seat."""
 
     rank: int
     num_blocks: int = 0
     kv_bytes: int = 0
     weight_bytes: int = 0
     threads: int = 0
+    device: str = "cpu"
+    notices: list[str] = []
 
 
 class SessionRefused(msgspec.Struct, tag=True):
@@ -57,11 +59,12 @@ class SessionClosed(msgspec.Struct, tag=True):
 class Examine(msgspec.Struct, tag=True):
     """To every rank: look at your machine, measure your links, and see whether you find the directory `model`.
 
-    With `measures`, measure how fast you compute too.
+    With `kinds` of weights, measure how fast you compute with them too; `threads` 0 are the job's.
     """
 
     model: str
-    measures: bool = False
+    kinds: list[str] = []
+    threads: int = 0
 
 
 class Examined(msgspec.Struct, tag=True):

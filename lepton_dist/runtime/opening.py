@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lepton_dist.comm.world import World
+from lepton_dist.coordinator.cluster import Cluster
+from lepton_dist.coordinator.cluster_document import read_cluster
+from lepton_dist.coordinator.decisions import Write
 from lepton_dist.documents import Document, read_yaml
 from lepton_dist.errors import ConfigError
 from lepton_dist.plan.crossing import wide_stages
@@ -20,12 +24,16 @@ from lepton_dist.runtime.session import Blueprint
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """What to open: `plan` None means tensor parallel inside nodes and pipelines between them."""
+    """What to open: `plan` None means tensor parallel inside nodes and pipelines between them.
+
+    `cluster` is the job as it was measured, if it was.
+    """
 
     model: str
     plan: Plan | None = None
     dtype: str | None = None
     threads: int = 0
+    cluster: Cluster | None = None
 
 
 def notice(text: str) -> None:
@@ -52,13 +60,32 @@ def draw_blueprint(world: World, request: ModelRequest, document: Document | Non
         blueprint = Blueprint.draw(request.model, plan, world.size)
     except ConfigError as error:
         raise (document.located(error) if document is not None else error) from None
-    return blueprint, decide_dtypes(plan.precision, request.dtype, blueprint.config.dtype)
+    on_gpus = all(blueprint.plan.device_of(stage) == "cuda" for r in blueprint.plan.replicas for stage in r.stages)
+    return blueprint, decide_dtypes(plan.precision, request.dtype, blueprint.config.dtype, has_float16=on_gpus)
+
+
+def named_cluster(plan: Plan | None, nodes: Sequence[int]) -> Cluster | None:
+    """The cluster that a plan names, if it names one; `nodes` is the node of each rank of this job.
+
+    Raises:
+        ConfigError: the file is wrong, or it is of another number of ranks or another layout than the job.
+    """
+    if plan is None or plan.cluster is None:
+        return None
+    cluster = read_cluster(plan.cluster)
+    cluster.check(nodes, plan.cluster)
+    return cluster
 
 
 def open_model(
-    controller: Controller, request: ModelRequest, document: Document | None = None, *, is_dynamic: bool = True
+    controller: Controller,
+    request: ModelRequest,
+    document: Document | None = None,
+    *,
+    is_dynamic: bool = True,
+    write: Write | None = None,
 ) -> Blueprint:
-    """Open a session on every rank, and say what it holds; `is_dynamic` as in `Controller.open`.
+    """Open a session on every rank, and say what it holds; `is_dynamic` and `write` as in `Controller.open`.
 
     Raises:
         CheckpointError, ConfigError: the model or the plan is wrong.
@@ -87,14 +114,18 @@ def open_model(
         threads=request.threads,
     )
     try:
-        controller.open(blueprint, order, is_dynamic=is_dynamic)
+        controller.open(blueprint, order, is_dynamic=is_dynamic, cluster=request.cluster, write=write)
     except ConfigError as error:
         raise (document.located(error) if document is not None else error) from None
     seated = [ready for ready in controller.ready.values() if ready.num_blocks]
+    for text in dict.fromkeys(text for ready in seated for text in ready.notices):
+        notice(text)
+    gpus = [ready.device for ready in seated if ready.device != "cpu"]
+    where = f", {len(gpus)} of them on GPUs" if gpus else ""
     tokens = [ready.num_blocks * blueprint.limits.block_tokens for ready in seated]
     notice(
         f"{blueprint.config.family}, weights {dtypes.weights}, {len(blueprint.plan.replicas)} replica(s) "
-        f"on {len(seated)} rank(s), {min(ready.threads for ready in seated)} thread(s) a rank, KV cache "
+        f"on {len(seated)} rank(s){where}, {min(ready.threads for ready in seated)} thread(s) a rank, KV cache "
         f"{min(tokens)} tokens a replica ({max(ready.kv_bytes for ready in seated) / 2**20:.0f} MiB a rank at most)"
     )
     return blueprint

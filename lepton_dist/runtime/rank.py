@@ -77,6 +77,8 @@ class Rank:
         if self._steps:
             self._follow(self._steps.popleft())
             is_busy = True
+        if self._session is not None:
+            is_busy |= self._session.runner.progress()
         if self._leader is not None:
             is_busy |= self._leader.advance()
             if self._leader.is_closed:
@@ -104,7 +106,7 @@ class Rank:
             else:
                 self._close_session()
         elif isinstance(message, Examine):
-            self.send(0, Examined(examine(self.world, message.model, measures=message.measures)))
+            self.send(0, Examined(examine(self.world, message.model, kinds=message.kinds, threads=message.threads)))
         elif isinstance(message, Shutdown):
             self.exit_code = message.code
         else:
@@ -172,6 +174,8 @@ class Rank:
         )
 
     def _close_session(self) -> None:
+        if self._session is not None:
+            self._session.close()
         self._session = self._leader = None
         self.send(0, SessionClosed(self.world.rank))
 

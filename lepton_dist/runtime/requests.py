@@ -102,9 +102,8 @@ class RequestMaker:
                 kind="context_length_exceeded",
             )
         seed = request_seed(self._base_seed, row.id) if params.seed is None else params.seed
-        return Request(
-            row.key, ids, msgspec.structs.replace(params, seed=seed, max_tokens=min(params.max_tokens, room))
-        )
+        params = msgspec.structs.replace(params, seed=seed, max_tokens=min(params.max_tokens, room))
+        return Request(row.key, ids, params, row.hint)
 
 
 class Ahead:

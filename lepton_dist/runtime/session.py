@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from lepton_dist.comm.calibrate import calibrate
+from lepton_dist.comm.devices import Devices, pack_sight, see_gpus, unpack_sight
+from lepton_dist.comm.group import Group
 from lepton_dist.comm.world import World
 from lepton_dist.config.machine import affinity_mask, asked_threads, available_bytes, fair_threads
+from lepton_dist.engine.decode_graphs import DecodeGraphs, bucket_sizes, graph_problem
 from lepton_dist.engine.kv_cache import KvCache, KvGeometry
 from lepton_dist.engine.runner import StageRunner
-from lepton_dist.errors import ConfigError
+from lepton_dist.errors import ConfigError, LeptonError
 from lepton_dist.model.config import ModelConfig
+from lepton_dist.model.held import HeldParameters
 from lepton_dist.model.parameters import ParameterTable
 from lepton_dist.model.registry import read_model
 from lepton_dist.parallel.load import load_seat
 from lepton_dist.parallel.requirements import kv_heads_of, parameter_table, weight_bytes
-from lepton_dist.parallel.stage import StageLink, build_stage, stage_group
+from lepton_dist.parallel.stage import ParallelStage, StageLink, build_stage, open_hops, stage_group
+from lepton_dist.plan.devices import Binding, Sight, place_ranks
 from lepton_dist.plan.document import parse_plan
 from lepton_dist.plan.placement import Seat, seats
 from lepton_dist.plan.plan import EngineLimits, Plan, Replica
 from lepton_dist.plan.precision import Dtypes
+from lepton_dist.runtime.gpu_memory import Rehearsed, free_bytes, kv_room_bytes, rehearse
 from lepton_dist.runtime.messages import OpenSession, SessionReady
 from lepton_dist.storage.index import CheckpointIndex
 
@@ -76,14 +83,18 @@ class Blueprint:
         return self.limits.max_sequences * -(-self.context_tokens // self.limits.block_tokens)
 
 
-def num_blocks(blueprint: Blueprint, geometry: KvGeometry, budget_bytes: int) -> int:
+def num_blocks(blueprint: Blueprint, geometry: KvGeometry, budget_bytes: int, *, is_left: bool = False) -> int:
     """Blocks of this rank's KV cache: as the plan says, or what the sequences need within half of the rank's memory.
 
+    With `is_left` the budget is what a measurement has left for it, and all of it may be taken.
+
     Raises:
-        ConfigError: there is not room for one block.
+        ConfigError: there is not room for one block, or for as many bytes as the plan asks for.
     """
     asked = blueprint.limits.kv_cache_bytes
-    limit = budget_bytes // 2 if asked == "auto" else asked
+    if is_left and asked != "auto" and asked > budget_bytes:
+        raise ConfigError(f"{asked} bytes are asked for, but {budget_bytes} are left", key="engine.kv_cache_bytes")
+    limit = (budget_bytes if is_left else budget_bytes // 2) if asked == "auto" else asked
     count = min(limit // geometry.block_bytes, blueprint.most_blocks())
     if count < 1:
         raise ConfigError(
@@ -93,23 +104,59 @@ def num_blocks(blueprint: Blueprint, geometry: KvGeometry, budget_bytes: int) ->
     return count
 
 
-def fitting_blocks(blueprint: Blueprint, seat: Seat, dtypes: Dtypes, budget_bytes: int, host: str) -> int:
+def fitting_blocks(
+    blueprint: Blueprint, seat: Seat, dtypes: Dtypes, budget_bytes: int, host: str, *, is_gpu: bool = False
+) -> int:
     """`num_blocks` of a seat that has `budget_bytes` of memory on `host`, its weights included.
+
+    On a GPU, `is_gpu`, it is known for certain only after a rehearsal, which finds less if there is less.
 
     Raises:
         ConfigError: weights and KV cache do not fit.
     """
     geometry = blueprint.geometry(seat, getattr(torch, dtypes.kv_cache))
-    blocks = num_blocks(blueprint, geometry, budget_bytes)
     needed = weight_bytes(blueprint.table, seat, dtypes)
+    place = f"replicas[{seat.replica}].stages[{seat.stage}]"
+    if is_gpu and needed > budget_bytes:
+        raise ConfigError(
+            f"rank {seat.rank} on {host} needs {needed} bytes for weights, but its GPU has {budget_bytes} free for it: "
+            "use more GPUs, or smaller weights (precision.weights)",
+            key=place,
+        )
+    if is_gpu:
+        return num_blocks(blueprint, geometry, budget_bytes - needed, is_left=True)
+    blocks = num_blocks(blueprint, geometry, budget_bytes)
     if needed + blocks * geometry.block_bytes > budget_bytes:
         is_asked = blueprint.limits.kv_cache_bytes != "auto"
         raise ConfigError(
             f"rank {seat.rank} on {host} needs {needed} bytes for weights and {blocks * geometry.block_bytes} for the "
             f"KV cache, but may use {budget_bytes}: use more ranks, or a smaller engine.kv_cache_bytes",
-            key="engine.kv_cache_bytes" if is_asked else f"replicas[{seat.replica}].stages[{seat.stage}]",
+            key="engine.kv_cache_bytes" if is_asked else place,
         )
     return blocks
+
+
+def blocks_left(
+    blueprint: Blueprint, dtypes: Dtypes, rooms: Mapping[int, int], hosts: Sequence[str], fitting: Mapping[int, int]
+) -> dict[int, int]:
+    """`fitting` with the blocks of the GPU ranks, whose `rooms` for the KV cache were measured, put right.
+
+    Raises:
+        ConfigError: a GPU has no room for the KV cache.
+    """
+    result = dict(fitting)
+    for rank, room in rooms.items():
+        geometry = blueprint.geometry(blueprint.seats[rank], getattr(torch, dtypes.kv_cache))
+        try:
+            result[rank] = num_blocks(blueprint, geometry, max(room, 0), is_left=True)
+        except ConfigError as error:
+            raise ConfigError(
+                f"rank {rank} on {hosts[rank]}: with its weights loaded and the largest step rehearsed, its GPU has "
+                f"{max(room, 0)} bytes left: {error.message}; lower engine.max_batch_tokens, engine.max_sequences or "
+                "engine.context_tokens, or use more GPUs",
+                key=error.key,
+            ) from None
+    return result
 
 
 @dataclass
@@ -122,53 +169,187 @@ class Session:
     runner: StageRunner
     ready: SessionReady
 
+    def close(self) -> None:
+        """Let go of what must go before the groups do."""
+        self.runner.close()
+
 
 def open_session(world: World, order: OpenSession) -> tuple[Session | None, SessionReady]:
     """Load this rank's shard and connect it to the others; collective over the world.
 
     Raises:
         CheckpointError: a weight file cannot be read.
-        ConfigError: weights and KV cache do not fit the memory of a rank; every rank raises the same.
+        ConfigError: devices, weights or KV cache do not fit the machines; every rank raises the same.
+        LeptonError: a GPU's memory ran out where it should have sufficed.
     """
-    budgets = _meet_machines(world, order.threads)
+    plan = parse_plan(order.plan)
+    machines = _meet_machines(world, order.threads, looks_for_gpus=plan.wants_gpus)
     threads = torch.get_num_threads()
-    blueprint = Blueprint.draw(order.model, parse_plan(order.plan), world.size)
+    blueprint = Blueprint.draw(order.model, plan, world.size)
     dtypes = Dtypes(order.weights, order.kv_cache, order.wire, order.compute)
-    compute: torch.dtype = getattr(torch, dtypes.compute)
+    devices = _take_devices(world, blueprint, machines.sights)
+    bindings = devices.bindings
+    has_gpus = any(binding.is_gpu for binding in bindings)
+    budgets = _budgets(machines, devices) if has_gpus else machines.budgets
     # Every rank asks for all of them, so that either all go on or none does.
     fitting = {
-        rank: fitting_blocks(blueprint, seat, dtypes, budgets[rank], world.hosts[rank])
+        rank: fitting_blocks(blueprint, seat, dtypes, budgets[rank], world.hosts[rank], is_gpu=bindings[rank].is_gpu)
         for rank, seat in sorted(blueprint.seats.items())
     }
     seat = blueprint.seats.get(world.rank)
-    if seat is None:
+    opening = None if seat is None else _Opening(world, blueprint, dtypes, devices, seat)
+    stage = None if opening is None else opening.stage()
+    if has_gpus:
+        # Each GPU is measured when all that share it hold their weights, and before any takes its cache.
+        peak = 0 if opening is None or stage is None else opening.rehearse(stage)
+        rooms = _measured_rooms(machines.everyone, devices, peak, bindings[world.rank].sharers)
+        gpu_rooms = {rank: rooms[rank] for rank in blueprint.seats if bindings[rank].is_gpu}
+        fitting = blocks_left(blueprint, dtypes, gpu_rooms, world.hosts, fitting)
+    if opening is None or stage is None or seat is None:
         return None, SessionReady(world.rank, threads=threads)
-    replica = blueprint.plan.replicas[seat.replica]
-    blocks = min(fitting[rank] for rank in replica.ranks)
-    geometry = blueprint.geometry(seat, getattr(torch, dtypes.kv_cache))
-    tensors = load_seat(world, blueprint.index, blueprint.table, blueprint.seats, compute)
-    group = world.group(replica.ranks, f"replica{seat.replica}")
-    link = StageLink(replica, seat, group, blueprint.config.shape.hidden, getattr(torch, dtypes.wire))
-    tp = stage_group(world, replica, seat, "tp")
-    calibrate(tp)
-    stage = build_stage(seat, blueprint.config, tensors, dtypes, tp, link)
-    cache = KvCache(geometry, blocks)
+    blocks = min(fitting[rank] for rank in opening.replica.ranks)
+    runner, notices = opening.runner(stage, blocks)
+    geometry = opening.geometry
     _return_free_memory()
     held = weight_bytes(blueprint.table, seat, dtypes)
-    ready = SessionReady(world.rank, blocks, blocks * geometry.block_bytes, held, threads)
-    return Session(blueprint, seat, replica, StageRunner(stage, cache), ready), ready
+    ready = SessionReady(
+        world.rank,
+        blocks,
+        blocks * geometry.block_bytes,
+        held,
+        threads,
+        device=_device_name(devices.device),
+        notices=notices,
+    )
+    return Session(blueprint, seat, opening.replica, runner, ready), ready
 
 
-def _meet_machines(world: World, asked: int) -> list[int]:
-    """The bytes of memory that each rank may use, found before any of them takes some.
+class _Opening:
+    """The steps by which one seat comes to its runner."""
+
+    def __init__(self, world: World, blueprint: Blueprint, dtypes: Dtypes, devices: Devices, seat: Seat) -> None:
+        self._world, self._blueprint, self._dtypes = world, blueprint, dtypes
+        self._devices, self._seat = devices, seat
+        self.replica = blueprint.plan.replicas[seat.replica]
+        self.geometry = blueprint.geometry(seat, getattr(torch, dtypes.kv_cache))
+
+    def stage(self) -> ParallelStage:
+        """Load the shard and open the groups."""
+        blueprint, seat, world, device = self._blueprint, self._seat, self._world, self._devices.device
+        compute: torch.dtype = getattr(torch, self._dtypes.compute)
+        with self._told_of_memory("its weights"):
+            held = HeldParameters(self._dtypes.weights)
+            load_seat(world, blueprint.index, blueprint.table, blueprint.seats, compute, held.take, device)
+        groups = open_hops(world, self.replica, seat, self._devices)
+        link = StageLink(seat, groups, blueprint.config.shape.hidden, getattr(torch, self._dtypes.wire), device)
+        tp = self._devices.serve(stage_group(world, self.replica, seat, "tp"))
+        calibrate(tp)
+        with self._told_of_memory("its weights"):
+            return build_stage(seat, blueprint.config, held, self._dtypes, tp, link, device)
+
+    def rehearse(self, stage: ParallelStage) -> int:
+        """The bytes that steps take at most on this rank's GPU; 0 on a CPU."""
+        if self._devices.device.type == "cpu":
+            return 0
+        blueprint = self._blueprint
+        size = Rehearsed(blueprint.limits, blueprint.context_tokens, blueprint.config.shape.hidden)
+        with self._told_of_memory(
+            f"a step of engine.max_batch_tokens {blueprint.limits.max_batch_tokens} and engine.max_sequences "
+            f"{blueprint.limits.max_sequences}"
+        ):
+            peak = rehearse(stage, self.geometry, size, self._devices)
+        # Captured steps keep memory of their own, beside that of the others.
+        return peak if graph_problem(stage, self._devices) else 2 * peak
+
+    def runner(self, stage: ParallelStage, blocks: int) -> tuple[StageRunner, list[str]]:
+        """The runner over a cache of so many blocks, with its decode steps captured where they can be; and notices."""
+        devices, blueprint = self._devices, self._blueprint
+        with self._told_of_memory(f"a KV cache of {blocks * self.geometry.block_bytes} bytes"):
+            cache = KvCache(self.geometry, blocks, devices.device)
+        if devices.device.type == "cpu":
+            return StageRunner(stage, cache), []
+        problem = graph_problem(stage, devices)
+        if problem:
+            return StageRunner(stage, cache, devices), [f"decode steps run without CUDA graphs: {problem}"]
+        limits = blueprint.limits
+        most = min(limits.max_sequences, limits.max_batch_tokens)
+        max_blocks = -(-blueprint.context_tokens // limits.block_tokens)
+        hidden = blueprint.config.shape.hidden
+        graphs = DecodeGraphs(stage, cache, devices, bucket_sizes(most), max_blocks, hidden)
+        with self._told_of_memory("captured decode steps"):
+            graphs.capture()
+        return StageRunner(stage, cache, devices, graphs), []
+
+    @contextmanager
+    def _told_of_memory(self, what: str) -> Iterator[None]:
+        """Say what a GPU's memory did not suffice for."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            rank = self._world.rank
+            raise LeptonError(
+                f"rank {rank} on {self._world.hosts[rank]}: {self._devices.device} has no memory for {what}: use more "
+                f"GPUs, smaller engine limits or weights, or see who else computes there ({error})"
+            ) from None
+
+
+@dataclass(frozen=True)
+class _Machines:
+    """What the ranks found out about one another: bytes of memory that each may use, and the GPUs that each sees."""
+
+    everyone: Group
+    budgets: list[int]
+    sights: list[Sight]
+
+
+def _meet_machines(world: World, asked: int, *, looks_for_gpus: bool) -> _Machines:
+    """What each rank may use, found before any of them takes some.
 
     Sets the threads of this rank's kernels too: as asked, or by the job, or its fair share of the node's cores.
     """
-    mine = [available_bytes(world.nodes.count(world.nodes[world.rank])), *affinity_mask()]
-    rows = world.group(range(world.size), "machines").all_gather(torch.tensor(mine)).tolist()
-    masks = [rows[rank][1:] for rank in range(world.size) if world.nodes[rank] == world.nodes[world.rank]]
+    mask = affinity_mask()
+    sight = pack_sight(see_gpus() if looks_for_gpus else Sight())
+    mine = [available_bytes(world.nodes.count(world.nodes[world.rank])), *mask, *sight]
+    everyone = world.group(range(world.size), "machines")
+    rows = everyone.all_gather(torch.tensor(mine)).tolist()
+    end = 1 + len(mask)
+    masks = [rows[rank][1:end] for rank in range(world.size) if world.nodes[rank] == world.nodes[world.rank]]
     torch.set_num_threads(asked or asked_threads() or fair_threads(masks, world.local_rank))
-    return [row[0] for row in rows]
+    return _Machines(everyone, [row[0] for row in rows], [unpack_sight(row[end:]) for row in rows])
+
+
+def _take_devices(world: World, blueprint: Blueprint, sights: Sequence[Sight]) -> Devices:
+    """Where every rank computes, by the plan; this one takes its GPU if it has one."""
+    placed = place_ranks(blueprint.plan, world.nodes, sights)
+    bindings = [placed.get(rank, Binding()) for rank in range(world.size)]
+    return Devices.of(world.rank, bindings, sights, world.patience)
+
+
+def _budgets(machines: _Machines, devices: Devices) -> list[int]:
+    """Bytes that each rank may use of where it computes: a GPU's free memory is shared evenly by its ranks."""
+    free = free_bytes(devices.device)[0] if devices.device.type == "cuda" else 0
+    shares = machines.everyone.all_gather(torch.tensor([free])).flatten().tolist()
+    return [
+        shares[rank] // binding.sharers if binding.is_gpu else machines.budgets[rank]
+        for rank, binding in enumerate(devices.bindings)
+    ]
+
+
+def _measured_rooms(everyone: Group, devices: Devices, peak: int, sharers: int) -> list[int]:
+    """What every rank's GPU has left for its KV cache; 0 for ranks on CPUs. Collective over the world."""
+    if devices.device.type == "cuda":
+        torch.cuda.empty_cache()
+    everyone.barrier()
+    room = 0
+    if devices.device.type == "cuda":
+        free, total = free_bytes(devices.device)
+        room = kv_room_bytes(free=free, total=total, peak=peak, sharers=sharers)
+    rooms: list[int] = everyone.all_gather(torch.tensor([room])).flatten().tolist()
+    return rooms
+
+
+def _device_name(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
 
 
 def _return_free_memory() -> None:

@@ -67,7 +67,7 @@ class Skeleton:
             head=Head(_norm(HIDDEN), Linear(FreeWeight(vocab, HIDDEN), None, _same)),
             rope=RopeTables(RopeConfig(theta=10000.0, dim=HEAD_DIM), 8192),
         )
-        link = StageLink(plan.replicas[0], seat, alone, HIDDEN, _DTYPE)
+        link = StageLink(seat, {}, HIDDEN, _DTYPE)
         cache = KvCache(KvGeometry(num_layers, KV_HEADS, HEAD_DIM, BLOCK_TOKENS, _DTYPE), num_blocks)
         return Skeleton(StageRunner(ParallelStage(seat, decoder, alone, link, 0, vocab), cache), cache)
 
@@ -78,10 +78,10 @@ class Skeleton:
 
     def attend(self, batch: RunBatch, layer: int) -> None:
         """Attention alone, of one layer."""
-        _, paged = lay_out(batch, BLOCK_TOKENS)
-        query = torch.ones(batch.num_tokens, HEADS, HEAD_DIM, dtype=_DTYPE)
-        key = torch.ones(batch.num_tokens, KV_HEADS, HEAD_DIM, dtype=_DTYPE)
-        self.cache.attend(paged, layer, query, key, key, None)
+        paged = lay_out(batch, BLOCK_TOKENS).paged(torch.device("cpu"))
+        turned = torch.ones(batch.num_tokens, HEADS + KV_HEADS, HEAD_DIM, dtype=_DTYPE)
+        value = torch.ones(batch.num_tokens, KV_HEADS, HEAD_DIM, dtype=_DTYPE)
+        self.cache.attend(paged, layer, turned, value, None, None)
 
 
 def _layer() -> DecoderLayer:

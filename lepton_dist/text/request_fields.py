@@ -12,7 +12,7 @@ from typing import Any
 from lepton_dist.config.sampling import SAMPLING_FIELDS, checked_fields, is_encodable, shown_value
 from lepton_dist.errors import RequestError
 
-_MAX_TOKEN_ID = 2**31 - 1
+_MAX_TOKEN_ID = _MAX_HINT = 2**31 - 1
 _ALIASES = {"max_completion_tokens": "max_tokens"}
 
 # Who asks, and what the service should do with the request: nothing that changes the text.
@@ -105,6 +105,8 @@ def _request(
             values["model"] = _model_name(value)
         elif name == "tools":
             values["tools"] = _tools(value)
+        elif name == "hint":
+            values["hint"] = _hint(value)
         elif name in _NEUTRAL_FIELDS:
             _check_neutral(name, value)
         else:
@@ -115,7 +117,7 @@ def _request(
 
 
 def _is_known(name: str) -> bool:
-    return name in SAMPLING_FIELDS or name in _ALIASES or name in _NEUTRAL_FIELDS or name in ("model", "tools")
+    return name in SAMPLING_FIELDS or name in _ALIASES or name in _NEUTRAL_FIELDS or name in ("model", "tools", "hint")
 
 
 def _check_neutral(name: str, value: Any) -> None:
@@ -184,6 +186,15 @@ def _content(content: Any, place: str) -> str:
 def _tools(value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RequestError(f"tools is {shown_value(value)}; it must be a list of objects")
+    return value
+
+
+def _hint(value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= _MAX_HINT:
+        raise RequestError(
+            f"hint is {shown_value(value)}; it must be a whole number from 1 to {_MAX_HINT}, the tokens that you "
+            "expect in the output"
+        )
     return value
 
 

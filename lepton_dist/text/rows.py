@@ -23,6 +23,7 @@ class PromptRow(msgspec.Struct, kw_only=True):
         tools: tool descriptions for the template.
         overrides: the row's own sampling fields, checked, by `SamplingParams` name.
         model: the model name the row asked for, which its answer repeats.
+        hint: how many tokens its sender expects in the output, which helps to balance; it bounds nothing.
     """
 
     key: str
@@ -35,6 +36,7 @@ class PromptRow(msgspec.Struct, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     overrides: dict[str, Any] = {}
     model: str | None = None
+    hint: int | None = None
 
 
 class BadRow(msgspec.Struct, kw_only=True):

@@ -15,7 +15,7 @@ from lepton_dist.comm.world import run_local
 from lepton_dist.config.sampling import SamplingParams
 from lepton_dist.engine.batch import SampleRows, make_batch
 from lepton_dist.engine.request import Request, Sequence
-from lepton_dist.engine.sampler import VocabShard, _threshold, sample, score
+from lepton_dist.engine.sampler import Filters, VocabShard, _threshold, check_numbers, sample, score
 from lepton_dist.engine.scheduler import Chunk
 from lepton_dist.errors import LeptonError
 from lepton_dist.plan.axes import split
@@ -71,7 +71,9 @@ def draw(logits: torch.Tensor, rows: list[Row], shares: tuple[int, ...]) -> list
 
     def run(shard: VocabShard) -> list[int]:
         mine = logits[:, shard.first : shard.first + shard.size].clone()
-        return sample(mine, packed, shard).tolist()
+        ids = sample(mine, packed, shard)
+        check_numbers(ids)
+        return ids.tolist()
 
     return list(on_shards(shares, run))
 
@@ -118,7 +120,7 @@ def test_exactly_the_right_tokens_may_be_chosen(shares: tuple[int, ...]) -> None
 
     def run(shard: VocabShard) -> list[float]:
         mine = scaled[:, shard.first : shard.first + shard.size]
-        return _threshold(mine, min_p, top_k, top_p, shard).tolist()
+        return _threshold(mine, Filters(min_p.numpy(), top_k.numpy(), top_p.numpy()), shard).tolist()
 
     thresholds = torch.tensor(on_shards(shares, run))
     for row in range(count):
@@ -213,8 +215,9 @@ def test_logits_that_are_no_numbers_are_an_error_on_every_rank(fields: Mapping[s
     rows = [Row(params(**{"temperature": 1.0, "seed": 1, **fields}), [1], 1)]
 
     def run(shard: VocabShard) -> str:
+        ids = sample(logits[:, shard.first : shard.first + shard.size].clone(), sample_rows(rows), shard)
         with pytest.raises(LeptonError, match="not numbers"):
-            sample(logits[:, shard.first : shard.first + shard.size].clone(), sample_rows(rows), shard)
+            check_numbers(ids)
         return "raised"
 
     assert on_shards((1, 1), run) == "raised"

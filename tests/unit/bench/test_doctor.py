@@ -13,6 +13,7 @@ import pytest
 
 from lepton_dist.bench.doctor import DoctorConfig, find
 from lepton_dist.bench.doctor_check import Check, numbers, size, table
+from lepton_dist.bench.doctor_devices import check_devices
 from lepton_dist.bench.doctor_links import check_links
 from lepton_dist.bench.doctor_local import check_output
 from lepton_dist.bench.doctor_machine import Site, check_machines, library_name
@@ -20,7 +21,7 @@ from lepton_dist.bench.doctor_model import check_model, check_plan
 from lepton_dist.comm.launcher import Launcher
 from lepton_dist.comm.world import World, run_local
 from lepton_dist.runtime.examine import examine
-from lepton_dist.runtime.facts import CollectiveTiming, GroupFacts, PairTiming, RankFacts
+from lepton_dist.runtime.facts import CollectiveTiming, GpuFacts, GroupFacts, PairTiming, RankFacts
 from lepton_dist.runtime.messages import Codec, Examined
 
 GIB = 1 << 30
@@ -76,7 +77,6 @@ def test_a_sound_job_has_nothing_but_ok() -> None:
         ("memory", "OK", "from 4.0 GiB (rank 2 on b) to 8.0 GiB a rank", changed(memory_bytes=4 * GIB)),
         ("cores", "WARN", "the ranks on b ask for 5 threads and have 4 cores", changed(threads=3)),
         ("cores", "WARN", "b has 16 cores, its 2 rank(s) may use 4", changed(online_cores=16)),
-        ("devices", "WARN", "rank 2 on b sees 4 GPU(s)", changed(gpus=4)),
         (
             "shared memory",
             "WARN",
@@ -91,6 +91,25 @@ def test_each_fault_is_found(topic: str, verdict: str, found: str, facts: list[R
     assert check.verdict == verdict and found in check.found, check
     assert bool(check.advice) == (verdict != "OK")
     assert {other.verdict for other in checks.values()} == {"OK"}, checks
+
+
+GPUS = [GpuFacts("H200", (number, -1), 140 * GIB, 139 * GIB) for number in range(2)]
+
+
+def test_the_map_of_gpus() -> None:
+    assert check_devices(SITE, FACTS) == Check("devices", "OK", "CPUs; no rank sees a GPU")
+    seeing = [msgspec.structs.replace(fact, gpus=GPUS) if fact.rank < 2 else fact for fact in FACTS]
+    check = check_devices(SITE, seeing)
+    assert check.verdict == "OK" and not check.advice
+    assert check.found.splitlines()[:3] == [
+        "2 of 4 rank(s) have a GPU of their own",
+        "rank 0 on a: GPU 0, H200 (00000000), 139.0 GiB free of 140.0 GiB",
+        "rank 1 on a: GPU 1, H200 (00000000), 139.0 GiB free of 140.0 GiB",
+    ]
+    shared = check_devices(SITE, [msgspec.structs.replace(fact, gpus=GPUS[:1]) for fact in FACTS])
+    assert shared.verdict == "WARN" and "rank 1 on a sees 1 GPU(s), which other ranks take" in shared.found
+    lacking = check_devices(SITE, [msgspec.structs.replace(fact, nccl_problem="no cupy") for fact in seeing])
+    assert lacking.verdict == "WARN" and "no NCCL: no cupy" in lacking.found and "lepton-dist[gpu]" in lacking.advice
 
 
 def test_ranks_that_share_cores_are_a_warning() -> None:

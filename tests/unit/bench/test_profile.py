@@ -5,11 +5,12 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from lepton_dist.bench.profile import make_cluster, summary
+from lepton_dist.bench.profile import summary
 from lepton_dist.comm.world import World, run_local
 from lepton_dist.coordinator.cluster import Link
 from lepton_dist.runtime import compute
 from lepton_dist.runtime.facts import ComputeFacts, PairTiming, RankFacts, ReduceCurve
+from lepton_dist.runtime.profiling import make_cluster
 
 COMPUTE = ComputeFacts(
     memory_bytes_per_s=1e10,

@@ -166,3 +166,23 @@ def test_it_takes_little_time() -> None:
             predictor.learn(features, 30)
         best = min(best, (time.perf_counter() - start) / 50)
     assert best < 1e-3
+
+
+def hinted(source: random.Random) -> RequestFeatures:
+    """A hint that says all there is to say; the prompts are alike."""
+    return RequestFeatures([1] * 20, max_tokens=4096, hint=round(math.exp(source.uniform(2, 7))))
+
+
+def test_a_hint_is_taken_until_lengths_are_judged_and_learned_from_then_on() -> None:
+    def half(features: RequestFeatures, source: random.Random) -> int:
+        return max(1, round(0.5 * (features.hint or 0) * noise(source)))
+
+    assert taught(half, 4, hinted).predict(hinted(random.Random(1))) == hinted(random.Random(1)).hint
+    learned = taught(half, 600, hinted)
+    assert correlation(learned, half, hinted) > 0.9
+    asked = RequestFeatures([1] * 20, max_tokens=4096, hint=400)
+    assert learned.predict(asked) == pytest.approx(200, rel=0.4)
+    # Hints that mean nothing are found out.
+    wrong = taught(lambda features, source: unrelated(features, source), 300, hinted)
+    assert not wrong.is_trusted
+    assert wrong.predict(asked) == wrong.predict(RequestFeatures([1] * 20, max_tokens=4096, hint=4))

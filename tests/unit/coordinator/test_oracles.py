@@ -11,13 +11,12 @@ import pytest
 from hypothesis import given, settings
 
 from lepton_dist.coordinator.cluster import Cluster, Link, Matmul, RankProfile
-from lepton_dist.coordinator.demand import Demand
 from lepton_dist.coordinator.packing import Item, best_counts
 from lepton_dist.coordinator.partition import LayerCost, choose_shares, divide_layers
 from lepton_dist.coordinator.planner import rank_plans
 from lepton_dist.coordinator.pricing import Target, fit_memory, request_s
 from lepton_dist.coordinator.stage_cost import ModelCost
-from lepton_dist.coordinator.workload import RequestLengths
+from lepton_dist.coordinator.workload import RequestLengths, Workload
 from lepton_dist.plan.axes import Axis, ModelShape, shard_axes, span_size
 from lepton_dist.plan.plan import Plan, Replica, Stage
 from lepton_dist.plan.precision import Dtypes
@@ -161,8 +160,8 @@ def test_the_plan_is_within_a_few_percent_of_the_best_there_is(
 ) -> None:
     cluster = machines(speeds, nodes)
     cluster = replace(cluster, ranks=tuple(replace(rank, memory_bytes=memory) for rank in cluster.ranks))
-    demand = Demand.of([RequestLengths(100, 50, 50)], is_endless=True)
-    target = Target(cluster, ModelCost(SHAPE, BF16), 2048, demand)
+    workload = Workload.of([RequestLengths(100, 50, 50)], is_endless=True)
+    target = Target(cluster, ModelCost(SHAPE, BF16), 2048, workload)
     best = 0.0
     known: dict[tuple[Replica, int], float] = {}
     for replicas in every_plan(len(speeds)):
@@ -172,12 +171,12 @@ def test_the_plan_is_within_a_few_percent_of_the_best_there_is(
         if fit is None:
             continue
         rate = 0.0
-        for index, (item, capacity) in enumerate(zip(resolved, fit.capacity_tokens, strict=True)):
-            batch = demand.batch(target.limits, capacity, len(resolved))
+        for item, capacity in zip(resolved, fit.capacity_tokens, strict=True):
+            batch = workload.batch(target.limits, capacity, len(resolved))
             if (item, batch) not in known:
-                known[item, batch] = request_s(target, costs, index, batch)
+                known[item, batch] = request_s(target, item, target.costs((item,)), batch)
             rate += 1 / known[item, batch]
-        best = max(best, rate * demand.output_tokens)
+        best = max(best, rate * workload.output_tokens)
     assert best > 0
     found = max(plan.tokens_per_s for plan in rank_plans(target))
     assert found >= 0.95 * best

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import hypothesis.strategies as st
@@ -22,7 +23,7 @@ from lepton_dist.coordinator.report import (
 from lepton_dist.coordinator.report_page import report_page
 from lepton_dist.coordinator.stage_cost import TERMS, Terms
 
-ERRORS = Errors(100, 0.2, 0.5, 0.03, 0.11)
+ERRORS = Errors(100, 0.2, 0.5, 0.03, 0.11, False)
 FACTORS = tuple(TermRow(term, 0.1, 2.0 if term == "matmul" else 1.0, 0.1) for term in TERMS)
 
 
@@ -45,6 +46,7 @@ RUN = RunRecord(
         RankRecord(3, "node<1>", None),
         RankRecord(4, "node1", 2),
     ),
+    prior="the cluster <c>",
     predicted_tokens_per_s=0.33,
 )
 
@@ -71,7 +73,7 @@ def test_idle_ranks_are_named_with_the_reason() -> None:
         "rank 3 on node<1> was idle for the whole run: the plan leaves it out",
         "rank 4 on node1 was idle for the whole run: replica 2 got no request",
     ]
-    gaps = RunRecord(10.0, (replica(span(0, 4, 2), span(6, 4, 2)),), (RankRecord(0, "a", 0),))
+    gaps = RunRecord(10.0, (replica(span(0, 4, 2), span(6, 4, 2)),), (RankRecord(0, "a", 0),), "typical")
     assert "between steps" in make_report(gaps)["audit"][0]
 
 
@@ -88,7 +90,7 @@ def test_load_over_time_adds_up_to_the_busy_time(
     for pause, seconds, busy in pieces:
         spans.append(span(now + pause, seconds, busy * seconds))
         now += pause + seconds
-    run = RunRecord(now + rest, (replica(*spans),), (RankRecord(0, "a", 0, share),))
+    run = RunRecord(now + rest, (replica(*spans),), (RankRecord(0, "a", 0, share),), "typical")
     report = make_report(run)
     (rank,) = report["ranks"]
     busy_s = sum(piece.busy_s for piece in spans)
@@ -101,11 +103,18 @@ def test_load_over_time_adds_up_to_the_busy_time(
 def test_the_table_tells_the_same() -> None:
     text = report_text(make_report(RUN))
     assert "30 tokens in 100.0 s: 0.3 tokens/s, 0.3 predicted" in text
-    assert "profile 20 % (p95 50 %), learned 3 % (p95 11 %)" in text
+    assert "prior 20 % (p95 50 %), learned 3 % (p95 11 %)\n" in text and "predicted from the cluster <c>" in text
     assert "rank 3 on node<1> was idle" in text
     matmul = next(line for line in text.splitlines() if line.startswith("matmul"))
-    assert matmul.split()[1] == f"{0.3 * 158:.2f}"
-    many = RunRecord(1.0, (), tuple(RankRecord(rank, "n", None) for rank in range(50)))
+    assert [word for word in matmul.split() if word != "s"][1::2] == [f"{0.3 * 98:.2f}", f"{0.3 * 60:.2f}"]
+    heads = text.splitlines()[text.splitlines().index(matmul) - 3]
+    assert heads.split() == ["replica", "0", "replica", "1"]  # the third ran no step
+    fallen = replace(RUN, replicas=(replace(RUN.replicas[0], errors=replace(ERRORS, uses_prior=True)),) * 5, ranks=())
+    text = report_text(make_report(fallen))
+    assert text.count("fell back to the prior") == 5
+    matmul = next(line for line in text.splitlines() if line.startswith("matmul"))
+    assert "all replicas" in text and matmul.split()[1] == f"{5 * 0.3 * 98:.2f}"
+    many = RunRecord(1.0, (), tuple(RankRecord(rank, "n", None) for rank in range(50)), "typical")
     assert report_text(make_report(many)).endswith("... and 30 more idle ranks: see the report's file")
 
 
@@ -134,6 +143,7 @@ def test_the_page_is_whole_and_needs_no_network() -> None:
     assert page.open == []
     assert "http" not in text and "script" not in {tag for tag, _ in page.seen}
     assert not [attrs for _, attrs in page.seen if {"src", "href"} & set(attrs)]
+    assert "the cluster &lt;c&gt;" in text and ">learned<" in text
     assert "results &lt;1&gt;.jsonl" in text and "node&lt;1&gt;" in text and "node<1>" not in text
     rows = [attrs for tag, attrs in page.seen if tag == "rect" and attrs.get("class") == "none"]
     assert len(rows) == len(RUN.ranks)
@@ -141,7 +151,7 @@ def test_the_page_is_whole_and_needs_no_network() -> None:
 
 def test_a_thousand_ranks_are_drawn_by_host() -> None:
     ranks = tuple(RankRecord(rank, f"n{rank // 16}", 0, 0.5 + rank % 2 / 2) for rank in range(1024))
-    text = report_page(make_report(RunRecord(10.0, (replica(span(0, 10)),), ranks)), "large")
+    text = report_page(make_report(RunRecord(10.0, (replica(span(0, 10)),), ranks, "typical")), "large")
     assert text.count('class="none"') == 64
     assert "n63, 16 ranks: 75 %" in text
     assert len(text) < 200_000

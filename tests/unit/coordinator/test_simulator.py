@@ -16,7 +16,8 @@ from lepton_dist.coordinator.cost_model import CostModel
 from lepton_dist.coordinator.decisions import replay
 from lepton_dist.coordinator.simulator import Simulated, Simulator, kv_blocks
 from lepton_dist.coordinator.timeline import chrome_trace
-from lepton_dist.coordinator.workload import RequestLengths, read_workload
+from lepton_dist.coordinator.workload import RequestLengths
+from lepton_dist.coordinator.workload_file import read_workload
 from lepton_dist.engine.work import StepWork
 from lepton_dist.errors import ConfigError
 from lepton_dist.plan.axes import ModelShape
@@ -179,3 +180,18 @@ def test_a_hundred_thousand_requests_a_minute() -> None:
     seconds = time.process_time() - start_s
     print(f"{100_000 / seconds * 60:.0f} simulated requests a minute")
     assert seconds <= 60
+
+
+def test_messages_to_and_from_rank_0_take_their_time() -> None:
+    """A request that is alone on a far replica: there, its steps, and back; and nothing is lost on the way."""
+    near, far = simulator([1.0, 1.0]), simulator([1.0, 1.0])
+    for replica in far._replicas[1:]:
+        replica.reach_s = 0.5
+    workload = requests(60)
+    quick, slow = near.run(workload), far.run(workload)
+    check(slow, workload)
+    assert quick.makespan_s < slow.makespan_s < quick.makespan_s + 10
+    one = simulator([1.0])
+    one._replicas[0].reach_s = 0.25
+    alone = [RequestLengths(100, 10, 10)]
+    assert one.run(alone).makespan_s == pytest.approx(simulator([1.0]).run(alone).makespan_s + 0.5)

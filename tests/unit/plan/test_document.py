@@ -47,12 +47,27 @@ meshes = st.builds(Mesh, *[st.integers(1, 64)] * 3)
 plans = st.one_of(
     st.builds(Plan, mesh=meshes, precision=precisions, engine=limits),
     st.builds(Plan, replicas=replicas, precision=precisions, engine=limits),
+    st.builds(Plan, is_auto=st.just(True), precision=precisions, engine=limits, cluster=st.sampled_from([None, "c"])),
 )
 
 
 @given(plans)
 def test_round_trip(plan: Plan) -> None:
     assert parse_plan(plan_to_yaml(plan)) == plan
+
+
+def test_a_cluster_is_found_beside_the_plan(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text("{mesh: auto, cluster: here.yaml}")
+    plan = load_plan(path)
+    assert plan.is_auto and plan.cluster == str(tmp_path / "here.yaml")
+    # Rank 0 sends it on, and what is read again is the same.
+    assert parse_plan(plan_to_yaml(plan)) == plan
+
+
+def test_an_automatic_plan_cannot_be_obeyed() -> None:
+    with pytest.raises(ConfigError, match="mesh: `auto` is for `generate`"):
+        parse_plan("mesh: auto").resolve(SHAPE, 2)
 
 
 def test_a_resolved_plan_survives_the_round_trip() -> None:
@@ -93,7 +108,7 @@ MISTAKES: dict[str, tuple[str, int, str, list[str]]] = {
     "not a mapping": ("- mesh", 1, "", ["mapping", "list"]),
     "nothing": ("engine: {max_sequences: 2}", 1, "", ["mesh", "replicas"]),
     "both forms": ("mesh: {tp: 1}\nreplicas: [{stages: [{ranks: [0]}]}]", 2, "replicas", ["not both"]),
-    "mesh auto": ("mesh: auto", 1, "mesh", ["lepton-dist plan"]),
+    "cluster": ("mesh: {tp: 2}\ncluster: 7", 2, "cluster", ["path of a cluster file", "7"]),
     "unknown key": ("mesh: {tp: 1}\nmash: {}", 2, "mash", ["mesh", "replicas", "engine"]),
     "unknown mesh key": ("mesh:\n  tp: 1\n  ep: 2", 3, "mesh.ep", ["dp, pp, tp"]),
     "mesh of zero": ("mesh:\n  tp: 0", 2, "mesh.tp", ["at least 1", "0"]),

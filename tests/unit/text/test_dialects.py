@@ -52,6 +52,13 @@ def test_native_rows_in_their_three_forms() -> None:
     assert row.tools == [{"a": 1}]
 
 
+def test_a_hint_of_the_output_is_no_sampling_field() -> None:
+    for row in (one({"prompt": "x", "hint": 40}), one(batch({"prompt": "x", "hint": 40}))):
+        assert isinstance(row, PromptRow) and row.hint == 40 and row.overrides == {}
+    row = one({"prompt": "x", "hint": None})
+    assert isinstance(row, PromptRow) and row.hint is None
+
+
 def test_openai_batch_rows() -> None:
     row = one(batch({"model": "m", "prompt": "x", "stream": False, "logprobs": 2, "echo": False, "n": 2}))
     assert isinstance(row, PromptRow)
@@ -95,6 +102,8 @@ SECRET = "s3cret"
         ({"id": "a", "messages": [{"role": "user"}]}, "messages[0].content is missing"),
         ({"id": "a", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
         ({"id": "a", "prompt": SECRET, "temprature": 1}, "unknown field 'temprature'"),
+        ({"id": "a", "prompt": SECRET, "hint": 0}, "hint is 0; it must be a whole number from 1"),
+        ({"id": "a", "prompt": SECRET, "hint": True}, "hint is true; it must be a whole number from 1"),
         ({"id": "a", "prompt": SECRET, "temprature": None}, "unknown field 'temprature'"),
         ({"id": "a", "prompt": SECRET, "temperature": -1}, "temperature is -1"),
         ({"id": "a", "prompt": SECRET, "temperature": math.nan}, "temperature is nan"),

@@ -1,0 +1,104 @@
+"""The GPU kernels against the torch path, under Triton's own interpreter: no GPU, and the same source."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from lepton_dist.kernels.attention import PagedBatch, enter_cache, paged_attention
+from lepton_dist.kernels.cuda import fused
+from lepton_dist.kernels.norms import rms_norm
+from tests.unit.kernels.paged import random_batch
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+DTYPES = [torch.float32, torch.bfloat16]
+# Triton 3.9's interpreter multiplies the bits of bfloat16 as if they were whole numbers: its tl.dot has no such type.
+DOT_DTYPES = [torch.float32, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(7)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    assert found.dtype == dtype and found.shape == expected.shape
+    torch.testing.assert_close(found.float(), expected.float(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("dtype", "dim", "has_delta"), list(itertools.product(DTYPES, (60, 128, 1000), (True, False))))
+def test_residual_and_norm(dtype: torch.dtype, dim: int, has_delta: bool) -> None:
+    hidden, weight = torch.randn(3, dim) * 5, torch.rand(dim) + 0.5
+    delta = torch.randn(3, dim).to(dtype) if has_delta else None
+    expected = hidden + (0 if delta is None else delta.float())
+    found = fused.add_rms_norm(hidden, delta, weight, 1e-5, dtype)
+    assert torch.equal(hidden, expected)
+    close(found, rms_norm(expected, weight, 1e-5, torch.float32), dtype)
+
+
+@pytest.mark.parametrize(("dtype", "ffn"), list(itertools.product(DTYPES, (93, 1024, 1500))))
+def test_gated_silu(dtype: torch.dtype, ffn: int) -> None:
+    x = torch.randn(3, 2 * ffn).to(dtype)
+    x[0, :2] = torch.tensor([-90.0, 90.0])  # where exp overflows
+    gate, up = x.float().chunk(2, dim=1)
+    close(fused.gated_silu(x), torch.nn.functional.silu(gate) * up, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "half"),
+    [(6, 2, 16, 8), (9, 3, 8, 3), (5, 5, 12, 0), (32, 8, 128, 64)],  # even, partial rotation, none, Llama 3's
+)
+def test_entering_the_cache(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, half: int) -> None:
+    tokens, block = 5, 4
+    qkv = torch.randn(tokens, heads + 2 * kv_heads, dim).to(dtype)
+    turned, value = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+    angles = (torch.randn(tokens, 1, half), torch.randn(tokens, 1, half)) if half else None
+    slots = torch.tensor([3, 17, 0, 8, 30])
+    arenas = [torch.zeros(8, kv_heads, block, dim).to(dtype) for _ in range(4)]
+    before = qkv.clone()
+    query = fused.enter_cache(turned, value, angles, arenas[0], arenas[1], slots)
+    assert torch.equal(qkv, before)
+    expected = enter_cache(turned.clone(), value, angles, arenas[2], arenas[3], slots)
+    close(query, expected, dtype)
+    close(arenas[0], arenas[2], dtype)
+    assert torch.equal(arenas[1], arenas[3])
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "block"), [(6, 2, 16, 8), (7, 1, 12, 16), (5, 5, 80, 5), (8, 2, 128, 16)]
+)
+def test_decode_attention(
+    dtype: torch.dtype, window: int | None, heads: int, kv_heads: int, dim: int, block: int
+) -> None:
+    lengths = [1, 63, 64, 65, 200]
+    keys, values, batch = random_batch([(1, length) for length in lengths], kv_heads, dim, block, dtype)
+    query = torch.randn(len(lengths), heads, dim).to(dtype)
+    expected = paged_attention(query, keys, values, batch, window)
+    found = fused.paged_decode(query, keys, values, batch.tables, torch.tensor(lengths), window)
+    close(found, expected, dtype)
+
+
+def test_decode_attention_is_zero_for_padding_and_splits_long_contexts() -> None:
+    lengths = [700, 3]
+    keys, values, batch = random_batch([(1, length) for length in lengths], 1, 16, 16, torch.float32)
+    assert fused.num_splits(3, batch.tables.shape[1] * 16) > 1
+    query = torch.randn(3, 2, 16)
+    tables = torch.cat([batch.tables, torch.zeros_like(batch.tables[:1])]).to(torch.int32)
+    found = fused.paged_decode(query, keys, values, tables, torch.tensor([*lengths, 0], dtype=torch.int32), None)
+    assert torch.equal(found[2], torch.zeros(2, 16))
+    close(found[:2], paged_attention(query[:2], keys, values, batch, None), torch.float32)
+
+
+def test_a_batch_of_decodes_made_for_a_graph_is_the_same_batch() -> None:
+    lengths = [5, 40]
+    # A dim that the compiled CPU kernel, which wants the lengths on the host, does not take.
+    keys, values, batch = random_batch([(1, length) for length in lengths], 2, 12, 8, torch.float32)
+    query = torch.randn(2, 4, 12)
+    static = PagedBatch.of_decodes(batch.slots, batch.tables, torch.tensor(lengths))
+    found, expected = (paged_attention(query, keys, values, which, None) for which in (static, batch))
+    close(found, expected, torch.float32)
