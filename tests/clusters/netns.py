@@ -9,6 +9,7 @@ a subnet of its own. Memory and file system are shared, as between nodes with a 
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -34,6 +35,9 @@ host=$1
 shift
 exec ip netns exec "$host" unshare -u sh -c 'hostname "$0"; exec sh -c "$1"' "$host" "$*"
 """
+
+
+_SETS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,8 @@ def network_hosts(num_hosts: int) -> Iterator[Hosts]:
     Raises:
         RuntimeError: the machine refused; the message holds the command and its error.
     """
-    tag = f"{os.getpid():x}{random.SystemRandom().randrange(256):02x}"
+    # By process, by set of this process, and by chance for what runs in another process namespace.
+    tag = f"{os.getpid() & 0xFFFF:04x}{next(_SETS) & 0xFF:02x}{random.SystemRandom().randrange(256):02x}"
     names = tuple(f"lh{tag}n{number}" for number in range(1, num_hosts + 1))
     bridge = f"lb{tag}"
     with ExitStack() as stack:

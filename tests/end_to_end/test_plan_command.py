@@ -106,7 +106,8 @@ def test_a_bad_workload_is_told(workload: str, word: str, tmp_path: Path) -> Non
 
 
 def test_an_output_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
-    job = plan("-o", tmp_path / "absent" / "plan.yaml")
+    (tmp_path / "file").touch()
+    job = plan("-o", tmp_path / "file" / "plan.yaml")
     assert job.returncode == 2 and "cannot be written" in job.stderr, job.report()
 
 
