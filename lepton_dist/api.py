@@ -15,11 +15,11 @@ from lepton_dist.engine.request import Request
 from lepton_dist.errors import RequestError, UsageError
 from lepton_dist.plan.document import load_plan
 from lepton_dist.plan.plan import Plan, Precision, Replica, Stage
+from lepton_dist.runtime.blueprint import Blueprint
 from lepton_dist.runtime.controller import Controller
 from lepton_dist.runtime.job import Job, script_job
 from lepton_dist.runtime.opening import ModelRequest, open_model
 from lepton_dist.runtime.requests import RequestMaker, checkpoint_sampling
-from lepton_dist.runtime.session import Blueprint
 from lepton_dist.text.completion import RequestOutput
 from lepton_dist.text.dataset import Dataset, load_dataset
 from lepton_dist.text.output import OutputFormatter

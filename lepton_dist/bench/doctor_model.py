@@ -18,9 +18,10 @@ from lepton_dist.model.fields import ConfigFields
 from lepton_dist.parallel.requirements import weight_bytes
 from lepton_dist.plan.plan import Plan
 from lepton_dist.plan.precision import Dtypes, decide_dtypes
+from lepton_dist.runtime.blueprint import Blueprint
 from lepton_dist.runtime.facts import RankFacts
+from lepton_dist.runtime.fitting import num_blocks
 from lepton_dist.runtime.opening import load_plan_document
-from lepton_dist.runtime.session import Blueprint, num_blocks
 from lepton_dist.text.tokenizer import Tokenizer
 
 

@@ -9,7 +9,7 @@ from lepton_dist.plan.axes import Axis, span_size
 from lepton_dist.plan.placement import Seat
 from lepton_dist.plan.plan import Plan
 from lepton_dist.plan.precision import Dtypes
-from lepton_dist.runtime.session import Blueprint
+from lepton_dist.runtime.blueprint import Blueprint
 
 _HEADINGS = (
     "rank",

@@ -14,7 +14,7 @@ from lepton_dist.plan.axes import Axis, span_size
 from lepton_dist.plan.crossing import WideStage, wide_stages
 from lepton_dist.plan.plan import Stage
 from lepton_dist.plan.precision import Dtypes
-from lepton_dist.runtime.session import Blueprint
+from lepton_dist.runtime.blueprint import Blueprint
 
 # The steps that are priced: one new token of one sequence, and a prompt.
 _STEPS = {"decode, 1 token": 1, "prefill, 512 tokens": 512}

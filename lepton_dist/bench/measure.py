@@ -13,9 +13,9 @@ from lepton_dist.bench.workload import Lengths, equal_lengths, make_requests, of
 from lepton_dist.engine.request import Request
 from lepton_dist.errors import LeptonError
 from lepton_dist.plan.plan import Plan
+from lepton_dist.runtime.blueprint import Blueprint
 from lepton_dist.runtime.controller import Controller
 from lepton_dist.runtime.opening import ModelRequest, open_model
-from lepton_dist.runtime.session import Blueprint
 
 DECODES = {"decode b1": (1, 512), "decode b8": (8, 512), "decode b32": (32, 32)}
 SAMPLED = "sampled b8"  # `decode b8` with sampled tokens: the difference is what sampling costs

@@ -17,9 +17,9 @@ from lepton_dist.coordinator.workload_file import read_workload
 from lepton_dist.errors import ConfigError, UsageError
 from lepton_dist.plan.plan import Plan
 from lepton_dist.plan.precision import decide_dtypes
+from lepton_dist.runtime.blueprint import Blueprint
 from lepton_dist.runtime.decision_log import decision_log
 from lepton_dist.runtime.opening import load_plan_document
-from lepton_dist.runtime.session import Blueprint
 
 _MOST_ROWS = 32
 

@@ -10,8 +10,8 @@ from lepton_dist.errors import ConfigError, UsageError
 from lepton_dist.plan.document import plan_to_yaml
 from lepton_dist.plan.plan import Plan
 from lepton_dist.plan.precision import decide_dtypes
+from lepton_dist.runtime.blueprint import Blueprint
 from lepton_dist.runtime.opening import load_plan_document
-from lepton_dist.runtime.session import Blueprint
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lepton_dist.kernels.linear import Weight, make_weight
-from lepton_dist.model.parameters import is_looked_up, matrix_kind
+from lepton_dist.model.parameters import is_factor, matrix_kind
 
 
 @dataclass
@@ -20,10 +20,10 @@ class HeldParameters:
 
     def take(self, name: str, tensor: torch.Tensor) -> None:
         """Hold a parameter that is loaded. Packing each at once leaves only one that is there in both forms."""
-        if tensor.dim() < 2 or is_looked_up(name):
-            self.tensors[name] = tensor
-        else:
+        if is_factor(name, tensor.dim()):
             self.matrices[name] = make_weight(tensor, matrix_kind(name, self.weights))
+        else:
+            self.tensors[name] = tensor
 
     def tied_head(self) -> Weight:
         """The head that is the embedding's matrix, which the embedding keeps."""

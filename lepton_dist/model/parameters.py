@@ -64,9 +64,9 @@ def matrix_kind(name: str, weights: str) -> str:
     return "int8" if weights in INT4_GROUPS and name == "head.weight" else weights
 
 
-def is_looked_up(name: str) -> bool:
-    """Whether a matrix is a table of rows to pick from, and no factor of a product."""
-    return name in ("embedding.weight", "positions.weight")
+def is_factor(name: str, num_dims: int) -> bool:
+    """Whether a parameter is a matrix that is multiplied with: no vector, and no table of rows to pick from."""
+    return num_dims > 1 and name not in ("embedding.weight", "positions.weight")
 
 
 class ParameterTable:

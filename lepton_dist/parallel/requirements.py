@@ -10,7 +10,7 @@ from lepton_dist.errors import CheckpointError
 from lepton_dist.kernels.linear import matrix_bytes
 from lepton_dist.model.config import ModelConfig
 from lepton_dist.model.family import Family
-from lepton_dist.model.parameters import Parameter, ParameterTable, Part, is_looked_up, local_spans, matrix_kind
+from lepton_dist.model.parameters import Parameter, ParameterTable, Part, is_factor, local_spans, matrix_kind
 from lepton_dist.plan.axes import Axis, Span, span_size
 from lepton_dist.plan.placement import Seat
 from lepton_dist.plan.precision import QUANTIZED, Dtypes
@@ -92,10 +92,10 @@ def weight_bytes(table: ParameterTable, seat: Seat, dtypes: Dtypes) -> int:
         name, shape = parameter.name, parameter.local_shape(seat.spans)
         if is_norm(name):
             total += 4 * prod(shape)
-        elif len(shape) == 1 or is_looked_up(name):
-            total += matrix_bytes(dtypes.compute, prod(shape), 1)
-        else:
+        elif is_factor(name, len(shape)):
             total += matrix_bytes(matrix_kind(name, dtypes.weights), *shape)
+        else:
+            total += matrix_bytes(dtypes.compute, prod(shape), 1)
     if table.config.is_tied and seat.is_first and seat.is_last and dtypes.weights in QUANTIZED:
         # The embedding is looked up as it is, and multiplied with as a head that is rounded.
         rows = span_size(seat.spans[Axis.VOCAB])

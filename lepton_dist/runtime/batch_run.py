@@ -11,13 +11,13 @@ from lepton_dist.config.generate import GenerateConfig
 from lepton_dist.config.sampling import SamplingParams
 from lepton_dist.errors import EXIT_DONE, EXIT_ROW_ERRORS, EXIT_STOPPED, RequestError
 from lepton_dist.runtime.auto_plan import plan_here
+from lepton_dist.runtime.blueprint import Blueprint
 from lepton_dist.runtime.controller import Controller
 from lepton_dist.runtime.decision_log import decision_log
 from lepton_dist.runtime.interrupts import Interrupts
 from lepton_dist.runtime.opening import ModelRequest, draw_blueprint, load_plan_document, named_cluster, open_model
 from lepton_dist.runtime.requests import Ahead, Item, Prepared, RequestMaker, checkpoint_sampling, refused
 from lepton_dist.runtime.run_report import write_report
-from lepton_dist.runtime.session import Blueprint
 from lepton_dist.storage.fingerprint import file_digest, model_fingerprint
 from lepton_dist.storage.journal import Journal
 from lepton_dist.telemetry.progress import Progress

@@ -19,6 +19,7 @@ from lepton_dist.engine.request import Request
 from lepton_dist.engine.work import StepWork
 from lepton_dist.errors import ConfigError, LeptonError, RankLostError, RequestError
 from lepton_dist.plan.precision import Dtypes
+from lepton_dist.runtime.blueprint import Blueprint
 from lepton_dist.runtime.examine import EXAMINE_TIMEOUT_S
 from lepton_dist.runtime.facts import RankFacts
 from lepton_dist.runtime.messages import (
@@ -40,7 +41,6 @@ from lepton_dist.runtime.messages import (
 )
 from lepton_dist.runtime.rank import CLOSE_TIMEOUT_S, Rank
 from lepton_dist.runtime.recorder import Recorder
-from lepton_dist.runtime.session import Blueprint
 from lepton_dist.runtime.watchdog import Watchdog
 from lepton_dist.text.completion import RequestOutput
 

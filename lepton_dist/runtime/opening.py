@@ -17,9 +17,9 @@ from lepton_dist.plan.crossing import wide_stages
 from lepton_dist.plan.document import plan_from_document, plan_to_yaml
 from lepton_dist.plan.plan import Plan
 from lepton_dist.plan.precision import Dtypes, decide_dtypes
+from lepton_dist.runtime.blueprint import Blueprint
 from lepton_dist.runtime.controller import Controller
 from lepton_dist.runtime.messages import OpenSession
-from lepton_dist.runtime.session import Blueprint
 
 
 @dataclass(frozen=True)

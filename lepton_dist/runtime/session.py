@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -16,147 +15,22 @@ from lepton_dist.comm.group import Group
 from lepton_dist.comm.world import World
 from lepton_dist.config.machine import affinity_mask, asked_threads, available_bytes, fair_threads
 from lepton_dist.engine.decode_graphs import DecodeGraphs, bucket_sizes, graph_problem
-from lepton_dist.engine.kv_cache import KvCache, KvGeometry
+from lepton_dist.engine.kv_cache import KvCache
 from lepton_dist.engine.runner import StageRunner
-from lepton_dist.errors import ConfigError, LeptonError
-from lepton_dist.model.config import ModelConfig
+from lepton_dist.errors import LeptonError
 from lepton_dist.model.held import HeldParameters
-from lepton_dist.model.parameters import ParameterTable
-from lepton_dist.model.registry import read_model
 from lepton_dist.parallel.load import load_seat
-from lepton_dist.parallel.requirements import kv_heads_of, parameter_table, weight_bytes
+from lepton_dist.parallel.requirements import weight_bytes
 from lepton_dist.parallel.stage import ParallelStage, StageLink, build_stage, open_hops, stage_group
 from lepton_dist.plan.devices import Binding, Sight, place_ranks
 from lepton_dist.plan.document import parse_plan
-from lepton_dist.plan.placement import Seat, seats
-from lepton_dist.plan.plan import EngineLimits, Plan, Replica
+from lepton_dist.plan.placement import Seat
+from lepton_dist.plan.plan import Replica
 from lepton_dist.plan.precision import Dtypes
+from lepton_dist.runtime.blueprint import Blueprint
+from lepton_dist.runtime.fitting import blocks_left, fitting_blocks
 from lepton_dist.runtime.gpu_memory import Rehearsed, free_bytes, kv_room_bytes, rehearse
 from lepton_dist.runtime.messages import OpenSession, SessionReady
-from lepton_dist.storage.index import CheckpointIndex
-
-
-@dataclass(frozen=True)
-class Blueprint:
-    """What follows from a model directory and a resolved plan, without any communication."""
-
-    config: ModelConfig
-    index: CheckpointIndex
-    table: ParameterTable
-    plan: Plan
-
-    @staticmethod
-    def draw(model: str, plan: Plan, world_size: int) -> Blueprint:
-        """Read a checkpoint's headers and fit the plan to it.
-
-        Raises:
-            CheckpointError: the checkpoint is incomplete or unknown.
-            ConfigError: the plan does not fit the model or the world.
-        """
-        config, family = read_model(model)
-        index = CheckpointIndex.read(model)
-        return Blueprint(config, index, parameter_table(index, config, family), plan.resolve(config.shape, world_size))
-
-    @cached_property
-    def seats(self) -> Mapping[int, Seat]:
-        """The seat of every rank that the plan uses."""
-        return seats(self.plan, self.config.shape)
-
-    @property
-    def limits(self) -> EngineLimits:
-        """The engine's limits."""
-        return self.plan.engine
-
-    @property
-    def context_tokens(self) -> int:
-        """Tokens of prompt and output together."""
-        asked = self.plan.engine.context_tokens
-        return self.config.max_positions if asked == "auto" else min(asked, self.config.max_positions)
-
-    def geometry(self, seat: Seat, dtype: torch.dtype) -> KvGeometry:
-        """The shape of a seat's KV cache, whose values are of `dtype`."""
-        shape = self.config.shape
-        return KvGeometry(len(seat.layers), kv_heads_of(seat), shape.head_dim, self.limits.block_tokens, dtype)
-
-    def most_blocks(self) -> int:
-        """Blocks that `max_sequences` sequences at the full context take."""
-        return self.limits.max_sequences * -(-self.context_tokens // self.limits.block_tokens)
-
-
-def num_blocks(blueprint: Blueprint, geometry: KvGeometry, budget_bytes: int, *, is_left: bool = False) -> int:
-    """Blocks of this rank's KV cache: as the plan says, or what the sequences need within half of the rank's memory.
-
-    With `is_left` the budget is what a measurement has left for it, and all of it may be taken.
-
-    Raises:
-        ConfigError: there is not room for one block, or for as many bytes as the plan asks for.
-    """
-    asked = blueprint.limits.kv_cache_bytes
-    if is_left and asked != "auto" and asked > budget_bytes:
-        raise ConfigError(f"{asked} bytes are asked for, but {budget_bytes} are left", key="engine.kv_cache_bytes")
-    limit = (budget_bytes if is_left else budget_bytes // 2) if asked == "auto" else asked
-    count = min(limit // geometry.block_bytes, blueprint.most_blocks())
-    if count < 1:
-        raise ConfigError(
-            f"{limit} bytes do not hold one block of {geometry.block_bytes} bytes ({geometry.block_tokens} tokens)",
-            key="engine.kv_cache_bytes",
-        )
-    return count
-
-
-def fitting_blocks(
-    blueprint: Blueprint, seat: Seat, dtypes: Dtypes, budget_bytes: int, host: str, *, is_gpu: bool = False
-) -> int:
-    """`num_blocks` of a seat that has `budget_bytes` of memory on `host`, its weights included.
-
-    On a GPU, `is_gpu`, it is known for certain only after a rehearsal, which finds less if there is less.
-
-    Raises:
-        ConfigError: weights and KV cache do not fit.
-    """
-    geometry = blueprint.geometry(seat, getattr(torch, dtypes.kv_cache))
-    needed = weight_bytes(blueprint.table, seat, dtypes)
-    place = f"replicas[{seat.replica}].stages[{seat.stage}]"
-    if is_gpu and needed > budget_bytes:
-        raise ConfigError(
-            f"rank {seat.rank} on {host} needs {needed} bytes for weights, but its GPU has {budget_bytes} free for it: "
-            "use more GPUs, or smaller weights (precision.weights)",
-            key=place,
-        )
-    if is_gpu:
-        return num_blocks(blueprint, geometry, budget_bytes - needed, is_left=True)
-    blocks = num_blocks(blueprint, geometry, budget_bytes)
-    if needed + blocks * geometry.block_bytes > budget_bytes:
-        is_asked = blueprint.limits.kv_cache_bytes != "auto"
-        raise ConfigError(
-            f"rank {seat.rank} on {host} needs {needed} bytes for weights and {blocks * geometry.block_bytes} for the "
-            f"KV cache, but may use {budget_bytes}: use more ranks, or a smaller engine.kv_cache_bytes",
-            key="engine.kv_cache_bytes" if is_asked else place,
-        )
-    return blocks
-
-
-def blocks_left(
-    blueprint: Blueprint, dtypes: Dtypes, rooms: Mapping[int, int], hosts: Sequence[str], fitting: Mapping[int, int]
-) -> dict[int, int]:
-    """`fitting` with the blocks of the GPU ranks, whose `rooms` for the KV cache were measured, put right.
-
-    Raises:
-        ConfigError: a GPU has no room for the KV cache.
-    """
-    result = dict(fitting)
-    for rank, room in rooms.items():
-        geometry = blueprint.geometry(blueprint.seats[rank], getattr(torch, dtypes.kv_cache))
-        try:
-            result[rank] = num_blocks(blueprint, geometry, max(room, 0), is_left=True)
-        except ConfigError as error:
-            raise ConfigError(
-                f"rank {rank} on {hosts[rank]}: with its weights loaded and the largest step rehearsed, its GPU has "
-                f"{max(room, 0)} bytes left: {error.message}; lower engine.max_batch_tokens, engine.max_sequences or "
-                "engine.context_tokens, or use more GPUs",
-                key=error.key,
-            ) from None
-    return result
 
 
 @dataclass

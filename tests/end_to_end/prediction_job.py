@@ -30,12 +30,12 @@ from lepton_dist.model.parameters import matrix_kind
 from lepton_dist.model.registry import read_model
 from lepton_dist.plan.plan import EngineLimits, Plan, Precision, Replica, Stage
 from lepton_dist.plan.precision import decide_dtypes
+from lepton_dist.runtime.blueprint import Blueprint
 from lepton_dist.runtime.controller import Controller
 from lepton_dist.runtime.interrupts import Interrupts
 from lepton_dist.runtime.opening import ModelRequest, open_model
 from lepton_dist.runtime.profiling import make_cluster
 from lepton_dist.runtime.run import run
-from lepton_dist.runtime.session import Blueprint
 
 _CORES = sorted(os.sched_getaffinity(0))
 _ENGINE = EngineLimits(max_sequences=16, prefix_cache=False, context_tokens=1024)

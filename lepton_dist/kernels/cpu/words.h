@@ -24,6 +24,19 @@ INLINE TARGET void load_pairs(const void *panel, int64_t pair, int is_wide, __m2
     }
 }
 
+/* Add the products of one pair of k of x [rows][2] to sums [rows][2 vectors]. */
+INLINE TARGET void add_pair(const int16_t *x, const void *panel, int64_t pair, int rows, int is_wide, __m256i *sum) {
+    __m256i low, top;
+    load_pairs(panel, pair, is_wide, &low, &top);
+    UNROLL for (int r = 0; r < rows; r++) {
+        int32_t word;
+        memcpy(&word, x + (pair * rows + r) * 2, 4);
+        const __m256i factor = _mm256_set1_epi32(word);
+        sum[r * 2] = _mm256_add_epi32(sum[r * 2], _mm256_madd_epi16(factor, low));
+        sum[r * 2 + 1] = _mm256_add_epi32(sum[r * 2 + 1], _mm256_madd_epi16(factor, top));
+    }
+}
+
 /* x [pairs][rows][2] times a panel -> sums [rows][16]. Few rows take several pairs at once, each with sums of its own:
    one chain of additions would wait for itself. */
 INLINE TARGET void multiply_words(
@@ -32,31 +45,9 @@ INLINE TARGET void multiply_words(
     __m256i sum[12];
     UNROLL for (int i = 0; i < rows * steps * 2; i++) sum[i] = _mm256_setzero_si256();
     int64_t k = 0;
-    for (; k + steps <= pairs; k += steps) {
-        UNROLL for (int s = 0; s < steps; s++) {
-            __m256i low, top;
-            load_pairs(panel, k + s, is_wide, &low, &top);
-            UNROLL for (int r = 0; r < rows; r++) {
-                int32_t word;
-                memcpy(&word, x + ((k + s) * rows + r) * 2, 4);
-                const __m256i factor = _mm256_set1_epi32(word);
-                const int at_sum = (s * rows + r) * 2;
-                sum[at_sum] = _mm256_add_epi32(sum[at_sum], _mm256_madd_epi16(factor, low));
-                sum[at_sum + 1] = _mm256_add_epi32(sum[at_sum + 1], _mm256_madd_epi16(factor, top));
-            }
-        }
-    }
-    for (; k < pairs; k++) {
-        __m256i low, top;
-        load_pairs(panel, k, is_wide, &low, &top);
-        UNROLL for (int r = 0; r < rows; r++) {
-            int32_t word;
-            memcpy(&word, x + (k * rows + r) * 2, 4);
-            const __m256i factor = _mm256_set1_epi32(word);
-            sum[r * 2] = _mm256_add_epi32(sum[r * 2], _mm256_madd_epi16(factor, low));
-            sum[r * 2 + 1] = _mm256_add_epi32(sum[r * 2 + 1], _mm256_madd_epi16(factor, top));
-        }
-    }
+    for (; k + steps <= pairs; k += steps)
+        UNROLL for (int s = 0; s < steps; s++) add_pair(x, panel, k + s, rows, is_wide, sum + s * rows * 2);
+    for (; k < pairs; k++) add_pair(x, panel, k, rows, is_wide, sum);
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int half = 0; half < 2; half++) {
             __m256i total = sum[r * 2 + half];

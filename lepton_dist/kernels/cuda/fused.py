@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from lepton_dist.kernels.cpu.native import has_heads_side_by_side
 from lepton_dist.kernels.cuda.triton_attention import combine_kernel, decode_kernel
 from lepton_dist.kernels.cuda.triton_pointwise import add_rms_norm_kernel, enter_cache_kernel, gated_silu_kernel
 
@@ -146,4 +147,4 @@ def num_splits(programs: int, most_tokens: int) -> int:
 
 def _side_by_side(x: torch.Tensor) -> torch.Tensor:
     """x [tokens, heads, dim] with each row contiguous, whatever lies between rows."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+    return x if has_heads_side_by_side(x) else x.contiguous()

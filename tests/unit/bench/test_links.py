@@ -11,7 +11,7 @@ from lepton_dist.errors import UsageError
 from lepton_dist.plan.crossing import wide_stages
 from lepton_dist.plan.document import parse_plan
 from lepton_dist.plan.precision import decide_dtypes
-from lepton_dist.runtime.session import Blueprint
+from lepton_dist.runtime.blueprint import Blueprint
 
 TINY = Path(__file__).parents[3] / "configs" / "examples" / "tiny-stdlib"  # 6 layers, hidden 256, bfloat16
 LINK = NetworkLink(100e-6, 125e6)

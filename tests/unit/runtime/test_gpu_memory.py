@@ -16,8 +16,9 @@ from lepton_dist.errors import ConfigError
 from lepton_dist.plan.document import parse_plan
 from lepton_dist.plan.plan import EngineLimits
 from lepton_dist.plan.precision import decide_dtypes
+from lepton_dist.runtime.blueprint import Blueprint
+from lepton_dist.runtime.fitting import blocks_left, fitting_blocks, num_blocks
 from lepton_dist.runtime.gpu_memory import kv_room_bytes, rehearsals
-from lepton_dist.runtime.session import Blueprint, blocks_left, fitting_blocks, num_blocks
 
 GIB = 1 << 30
 TINY = Path(__file__).parents[3] / "configs" / "examples" / "tiny-stdlib"

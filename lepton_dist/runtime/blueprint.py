@@ -1,0 +1,65 @@
+"""What a model directory and a plan say of every rank, before any rank does anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from lepton_dist.engine.kv_cache import KvGeometry
+from lepton_dist.model.config import ModelConfig
+from lepton_dist.model.parameters import ParameterTable
+from lepton_dist.model.registry import read_model
+from lepton_dist.parallel.requirements import kv_heads_of, parameter_table
+from lepton_dist.plan.placement import Seat, seats
+from lepton_dist.plan.plan import EngineLimits, Plan
+from lepton_dist.storage.index import CheckpointIndex
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What follows from a model directory and a resolved plan, without any communication."""
+
+    config: ModelConfig
+    index: CheckpointIndex
+    table: ParameterTable
+    plan: Plan
+
+    @staticmethod
+    def draw(model: str, plan: Plan, world_size: int) -> Blueprint:
+        """Read a checkpoint's headers and fit the plan to it.
+
+        Raises:
+            CheckpointError: the checkpoint is incomplete or unknown.
+            ConfigError: the plan does not fit the model or the world.
+        """
+        config, family = read_model(model)
+        index = CheckpointIndex.read(model)
+        return Blueprint(config, index, parameter_table(index, config, family), plan.resolve(config.shape, world_size))
+
+    @cached_property
+    def seats(self) -> Mapping[int, Seat]:
+        """The seat of every rank that the plan uses."""
+        return seats(self.plan, self.config.shape)
+
+    @property
+    def limits(self) -> EngineLimits:
+        """The engine's limits."""
+        return self.plan.engine
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of prompt and output together."""
+        asked = self.plan.engine.context_tokens
+        return self.config.max_positions if asked == "auto" else min(asked, self.config.max_positions)
+
+    def geometry(self, seat: Seat, dtype: torch.dtype) -> KvGeometry:
+        """The shape of a seat's KV cache, whose values are of `dtype`."""
+        shape = self.config.shape
+        return KvGeometry(len(seat.layers), kv_heads_of(seat), shape.head_dim, self.limits.block_tokens, dtype)
+
+    def most_blocks(self) -> int:
+        """Blocks that `max_sequences` sequences at the full context take."""
+        return self.limits.max_sequences * -(-self.context_tokens // self.limits.block_tokens)

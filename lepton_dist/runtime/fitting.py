@@ -1,0 +1,90 @@
+"""How many blocks of KV cache fit beside the weights of each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from lepton_dist.engine.kv_cache import KvGeometry
+from lepton_dist.errors import ConfigError
+from lepton_dist.parallel.requirements import weight_bytes
+from lepton_dist.plan.placement import Seat
+from lepton_dist.plan.precision import Dtypes
+from lepton_dist.runtime.blueprint import Blueprint
+
+
+def num_blocks(blueprint: Blueprint, geometry: KvGeometry, budget_bytes: int, *, is_left: bool = False) -> int:
+    """Blocks of this rank's KV cache: as the plan says, or what the sequences need within half of the rank's memory.
+
+    With `is_left` the budget is what a measurement has left for it, and all of it may be taken.
+
+    Raises:
+        ConfigError: there is not room for one block, or for as many bytes as the plan asks for.
+    """
+    asked = blueprint.limits.kv_cache_bytes
+    if is_left and asked != "auto" and asked > budget_bytes:
+        raise ConfigError(f"{asked} bytes are asked for, but {budget_bytes} are left", key="engine.kv_cache_bytes")
+    limit = (budget_bytes if is_left else budget_bytes // 2) if asked == "auto" else asked
+    count = min(limit // geometry.block_bytes, blueprint.most_blocks())
+    if count < 1:
+        raise ConfigError(
+            f"{limit} bytes do not hold one block of {geometry.block_bytes} bytes ({geometry.block_tokens} tokens)",
+            key="engine.kv_cache_bytes",
+        )
+    return count
+
+
+def fitting_blocks(
+    blueprint: Blueprint, seat: Seat, dtypes: Dtypes, budget_bytes: int, host: str, *, is_gpu: bool = False
+) -> int:
+    """`num_blocks` of a seat that has `budget_bytes` of memory on `host`, its weights included.
+
+    On a GPU, `is_gpu`, it is known for certain only after a rehearsal, which finds less if there is less.
+
+    Raises:
+        ConfigError: weights and KV cache do not fit.
+    """
+    geometry = blueprint.geometry(seat, getattr(torch, dtypes.kv_cache))
+    needed = weight_bytes(blueprint.table, seat, dtypes)
+    place = f"replicas[{seat.replica}].stages[{seat.stage}]"
+    if is_gpu and needed > budget_bytes:
+        raise ConfigError(
+            f"rank {seat.rank} on {host} needs {needed} bytes for weights, but its GPU has {budget_bytes} free for it: "
+            "use more GPUs, or smaller weights (precision.weights)",
+            key=place,
+        )
+    if is_gpu:
+        return num_blocks(blueprint, geometry, budget_bytes - needed, is_left=True)
+    blocks = num_blocks(blueprint, geometry, budget_bytes)
+    if needed + blocks * geometry.block_bytes > budget_bytes:
+        is_asked = blueprint.limits.kv_cache_bytes != "auto"
+        raise ConfigError(
+            f"rank {seat.rank} on {host} needs {needed} bytes for weights and {blocks * geometry.block_bytes} for the "
+            f"KV cache, but may use {budget_bytes}: use more ranks, or a smaller engine.kv_cache_bytes",
+            key="engine.kv_cache_bytes" if is_asked else place,
+        )
+    return blocks
+
+
+def blocks_left(
+    blueprint: Blueprint, dtypes: Dtypes, rooms: Mapping[int, int], hosts: Sequence[str], fitting: Mapping[int, int]
+) -> dict[int, int]:
+    """`fitting` with the blocks of the GPU ranks, whose `rooms` for the KV cache were measured, put right.
+
+    Raises:
+        ConfigError: a GPU has no room for the KV cache.
+    """
+    result = dict(fitting)
+    for rank, room in rooms.items():
+        geometry = blueprint.geometry(blueprint.seats[rank], getattr(torch, dtypes.kv_cache))
+        try:
+            result[rank] = num_blocks(blueprint, geometry, max(room, 0), is_left=True)
+        except ConfigError as error:
+            raise ConfigError(
+                f"rank {rank} on {hosts[rank]}: with its weights loaded and the largest step rehearsed, its GPU has "
+                f"{max(room, 0)} bytes left: {error.message}; lower engine.max_batch_tokens, engine.max_sequences or "
+                "engine.context_tokens, or use more GPUs",
+                key=error.key,
+            ) from None
+    return result
