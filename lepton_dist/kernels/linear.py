@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from lepton_dist.kernels.cpu.matmul import PanelWeight, panel_bytes
-from lepton_dist.kernels.cpu.native import native_library
+from lepton_dist.kernels.cpu.native import VectorLevel, native_library, vector_level
 from lepton_dist.kernels.quantized import RoundedWeight
 from lepton_dist.plan.precision import QUANTIZED
 
@@ -61,11 +61,14 @@ def make_weight(weight: torch.Tensor, kind: str | None = None) -> Weight:
     if kind is not None and kind in QUANTIZED:
         return PanelWeight(weight, kind) if has_own_kernels else RoundedWeight(weight, kind)
     if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
-        # Supported means: with AVX-512. Below that torch's bfloat16 product is a reference loop.
-        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return PackedWeight(weight)
-        if has_own_kernels:
+        # oneDNN's product is the faster on matrix instructions, and where AVX-512 lacks those of BF16; below AVX-512 it
+        # is a reference loop.
+        has_dot_products = vector_level() == VectorLevel.AVX512 and not torch.cpu._is_amx_tile_supported()
+        has_onednn = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if has_own_kernels and (has_dot_products or not has_onednn):
             return PanelWeight(weight, "bfloat16")
+        if has_onednn:
+            return PackedWeight(weight)
     return DenseWeight(weight)
 
 

@@ -1,11 +1,14 @@
-/* What the matmul kernels share: y = x W^T with W packed in panels of 16 output features (16 rows of W, side by side). */
+/* What the matmul kernels share: y = x W^T with W packed in panels of output features (rows of W, side by side). */
 #ifndef LEPTON_MATMUL_H
 #define LEPTON_MATMUL_H
 
 #include "vector.h"
 
-#define PANEL 16        /* output features that a kernel computes together: two vectors of 8 floats */
-#define CHUNK_ROWS 192  /* rows of x that go over the weights together: they stay in the cache meanwhile */
+#ifndef PANEL            /* output features that a kernel computes together: two vectors of floats */
+#define PANEL 16
+#define PANEL_TARGET TARGET
+#endif
+#define CHUNK_ROWS 264 /* rows of x that go over the weights together: they stay in the cache meanwhile */
 
 /* x [rows, in] and y [rows, out]; a kind of 0 is float32, 1 is bfloat16. Strides are in elements. */
 struct matmul_call {
@@ -34,8 +37,8 @@ static inline void *scratch(enum purpose purpose, int64_t bytes) {
     return kept[purpose];
 }
 
-/* Put the 16 results of a row and panel in place; the last panel may reach over the end. */
-INLINE void write_y(const struct matmul_call *c, int64_t row, int64_t panel, const float *values) {
+/* Put the results of a row and panel in place; the last panel may reach over the end. */
+INLINE PANEL_TARGET void write_y(const struct matmul_call *c, int64_t row, int64_t panel, const float *values) {
     const int64_t first = panel * PANEL, count = c->out - first < PANEL ? c->out - first : PANEL;
     const int64_t at = row * c->y_stride + first;
     narrow(values, count, c->y, c->y_kind, at);
@@ -56,13 +59,13 @@ struct matmul_kind {
 
 /* All rows with all panels. A chunk of rows at a time goes over the weights, each panel by one thread. 0, or 1 when there is
    no memory. */
-static inline int matmul(const struct matmul_call *c, const struct matmul_kind *kind) {
+static inline PANEL_TARGET int matmul(const struct matmul_call *c, const struct matmul_kind *kind) {
     const int64_t most = c->rows < CHUNK_ROWS ? c->rows : CHUNK_ROWS;
     char *packed = scratch(ACTIVATIONS, most * kind->row_bytes);
     int has_memory = packed != NULL;
     for (int64_t from = 0; has_memory && from < c->rows; from += CHUNK_ROWS) {
         const int64_t rows = c->rows - from < CHUNK_ROWS ? c->rows - from : CHUNK_ROWS;
-        const int64_t blocks = (rows + kind->rows - 1) / kind->rows;
+        const int64_t blocks = (rows + kind->rows - 1) / kind->rows, block_rows = (rows + blocks - 1) / blocks;
 #pragma omp parallel num_threads(c->threads)
         {
             void *expanded = kind->expand == NULL ? NULL : scratch(EXPANDED_PANEL, kind->expanded_bytes);
@@ -72,20 +75,24 @@ static inline int matmul(const struct matmul_call *c, const struct matmul_kind *
             }
 #pragma omp for schedule(static)
             for (int64_t b = 0; b < blocks; b++) {
-                const int64_t first = b * kind->rows, left = rows - first;
-                kind->lay_out(c, from + first, left < kind->rows ? left : kind->rows, packed + first * kind->row_bytes);
+                const int64_t first = b * block_rows, left = rows - first;
+                kind->lay_out(c, from + first, left < block_rows ? left : block_rows, packed + first * kind->row_bytes);
             }
 #pragma omp for schedule(dynamic, 2)
             for (int64_t p = 0; p < num_panels(c->out); p++) {
                 const char *panel = (const char *)c->weights + p * kind->panel_bytes;
                 float values[CHUNK_ROWS * PANEL] __attribute__((aligned(64)));
                 if (kind->expand != NULL && expanded == NULL) continue;
+                const int64_t ahead = kind->panel_bytes * kind->depth / c->in / blocks; /* of the next weights, a block */
                 for (int64_t k = 0; k < c->in; k += kind->depth) {
+                    const char *next = panel + kind->panel_bytes * (k + kind->depth) / c->in;
                     if (expanded != NULL) kind->expand(c, panel, k, expanded);
                     for (int64_t b = 0; b < blocks; b++) {
-                        const int64_t first = b * kind->rows, left = rows - first;
+                        const int64_t first = b * block_rows, left = rows - first;
+                        if (expanded != NULL) /* which is done in a burst, for which no hardware reads ahead */
+                            for (int64_t i = 0; i < ahead; i += 64) __builtin_prefetch(next + b * ahead + i, 0, 2);
                         kind->multiply(
-                            c, packed + first * kind->row_bytes, left < kind->rows ? left : kind->rows,
+                            c, packed + first * kind->row_bytes, left < block_rows ? left : block_rows,
                             expanded != NULL ? expanded : panel, p, k, values + first * PANEL
                         );
                     }

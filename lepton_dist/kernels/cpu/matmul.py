@@ -10,10 +10,13 @@ import ctypes
 import torch
 
 from lepton_dist.kernels.cpu.memory import fresh_zeros
-from lepton_dist.kernels.cpu.native import KINDS, native_library
+from lepton_dist.kernels.cpu.native import KINDS, VectorLevel, native_library, vector_level
 from lepton_dist.plan.precision import INT4_GROUPS
 
-_PANEL = 16  # as in matmul.h
+_PANEL = {VectorLevel.NONE: 16, VectorLevel.AVX2: 16, VectorLevel.AVX512: 32}
+"""Output features of a panel, as in matmul.h and matmul_512.h."""
+_QUANTUM = {VectorLevel.NONE: 2, VectorLevel.AVX2: 2, VectorLevel.AVX512: 4}
+"""Neighbouring bytes of an int8 weight that are multiplied together."""
 
 
 class _MatmulCall(ctypes.Structure):
@@ -29,22 +32,31 @@ class _MatmulCall(ctypes.Structure):
 
 
 class PanelWeight:
-    """A matrix [out, in] as panels: bfloat16, int8 (a scale an output feature) or int4 (a scale a group of a row)."""
+    """A matrix [out, in] as panels: bfloat16, int8 (a scale an output feature) or int4 (a scale a group of a row).
 
-    def __init__(self, weight: torch.Tensor, kind: str) -> None:
+    `level` is that of the kernels, by default the highest of this machine. On AVX-512 bfloat16 panels round `x` to
+    bfloat16, and int8 and int4 panels round it to 8 bits, with a scale for each 512 values.
+    """
+
+    def __init__(self, weight: torch.Tensor, kind: str, level: VectorLevel | None = None) -> None:
         self.out_features, self.in_features = weight.shape
-        library, weight, group = _library(), weight.contiguous(), INT4_GROUPS.get(kind, 0)
+        level = vector_level() if level is None else level
+        weight, group = weight.contiguous(), INT4_GROUPS.get(kind, 0)
+        name = {"bfloat16": "bf16", "int8": "int8"}.get(kind, "int4") + ("_512" if level == VectorLevel.AVX512 else "")
+        size = panel_bytes(kind, self.out_features, self.in_features, level)
+        self._panels = fresh_zeros((size,), torch.uint8)
+        panels = self._panels.data_ptr()
+        scales = panels + size - _scale_bytes(kind, self.out_features, level)
+        library, threads = _library(), torch.get_num_threads()
+        pack = getattr(library, f"lepton_pack_{name}")
         if kind == "bfloat16":
-            self._panels, self._scales = _pack_bf16(weight), None
-            self._function = library.lepton_matmul_bf16
+            pack(weight.data_ptr(), *weight.shape, panels, threads)
         elif kind == "int8":
-            self._panels, self._scales = _pack_int8(weight)
-            self._function = library.lepton_matmul_int8
+            pack(weight.data_ptr(), KINDS[weight.dtype], *weight.shape, panels, scales, threads)
         else:
-            self._panels, self._scales = _pack_int4(weight, kind), None
-            self._function = library.lepton_matmul_int4
-        scales = None if self._scales is None else self._scales.data_ptr()
-        self._call = _MatmulCall(weights=self._panels.data_ptr(), scales=scales, in_=self.in_features, group=group)
+            pack(weight.data_ptr(), KINDS[weight.dtype], *weight.shape, group, panels, threads)
+        self._function = getattr(library, f"lepton_matmul_{name}")
+        self._call = _MatmulCall(weights=panels, scales=scales, in_=self.in_features, group=group)
         self._call.out = self._call.y_stride = self.out_features
         self._reference = ctypes.byref(self._call)
 
@@ -61,36 +73,22 @@ class PanelWeight:
         return y
 
 
-def panel_bytes(kind: str, out_features: int, in_features: int) -> int:
+def panel_bytes(kind: str, out_features: int, in_features: int, level: VectorLevel | None = None) -> int:
     """Bytes that a matrix takes as panels; without the compiled kernels too."""
-    rows = -(-out_features // _PANEL) * _PANEL
-    if kind == "bfloat16":
-        return rows * in_features * 2
+    level = vector_level() if level is None else level
+    rows = -(-out_features // _PANEL[level]) * _PANEL[level]
+    if kind in INT4_GROUPS:
+        group = INT4_GROUPS[kind]
+        return rows * -(-in_features // group) * (group // 2 + 2)
     if kind == "int8":
-        return rows * (in_features + in_features % 2 + 4)
-    group = INT4_GROUPS[kind]
-    return rows * -(-in_features // group) * (group // 2 + 2)
+        quantum = _QUANTUM[level]
+        return rows * -(-in_features // quantum) * quantum + _scale_bytes(kind, out_features, level)
+    return rows * (in_features + in_features % 2 * (level == VectorLevel.AVX512)) * 2
 
 
-def _pack_bf16(weight: torch.Tensor) -> torch.Tensor:
-    panels = fresh_zeros((panel_bytes("bfloat16", *weight.shape),), torch.uint8)
-    _library().lepton_pack_bf16(weight.data_ptr(), *weight.shape, panels.data_ptr(), torch.get_num_threads())
-    return panels
-
-
-def _pack_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    scales = torch.empty(-(-weight.shape[0] // _PANEL) * _PANEL)
-    panels = fresh_zeros((panel_bytes("int8", *weight.shape) - scales.nbytes,), torch.int8)
-    matrix, places = (weight.data_ptr(), KINDS[weight.dtype], *weight.shape), (panels.data_ptr(), scales.data_ptr())
-    _library().lepton_pack_int8(*matrix, *places, torch.get_num_threads())
-    return panels, scales
-
-
-def _pack_int4(weight: torch.Tensor, kind: str) -> torch.Tensor:
-    panels = fresh_zeros((panel_bytes(kind, *weight.shape),), torch.uint8)
-    matrix = (weight.data_ptr(), KINDS[weight.dtype], *weight.shape, INT4_GROUPS[kind])
-    _library().lepton_pack_int4(*matrix, panels.data_ptr(), torch.get_num_threads())
-    return panels
+def _scale_bytes(kind: str, out_features: int, level: VectorLevel) -> int:
+    """Of the float32 scales behind int8 panels, whose bytes are a multiple of 4 of them."""
+    return -(-out_features // _PANEL[level]) * _PANEL[level] * 4 if kind == "int8" else 0
 
 
 def _library() -> ctypes.CDLL:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from enum import IntEnum
 from functools import cache
 from importlib.util import find_spec
 
@@ -18,6 +19,9 @@ _SIGNATURES = {
     "lepton_pack_bf16": "piipi",
     "lepton_pack_int8": "piiippi",
     "lepton_pack_int4": "piiiipi",
+    "lepton_pack_bf16_512": "piipi",
+    "lepton_pack_int8_512": "piiippi",
+    "lepton_pack_int4_512": "piiiipi",
     "lepton_rms_norm": "ppppiiifi",
     "lepton_gated_silu": "ppiiii",
     "lepton_rotate": "pppiiiiiii",
@@ -28,6 +32,15 @@ _SIGNATURES = {
 def has_heads_side_by_side(x: torch.Tensor) -> bool:
     """Whether each row of x [tokens, heads, head_dim] is contiguous, whatever lies between rows."""
     return x.stride(2) == 1 and x.stride(1) == x.shape[2]
+
+
+class VectorLevel(IntEnum):
+    """The instructions that a kernel is written for, as in vector.h."""
+
+    NONE = 0
+    AVX2 = 1
+    AVX512 = 2
+    """With VNNI and BF16."""
 
 
 @cache
@@ -43,8 +56,16 @@ def native_library() -> ctypes.CDLL | None:
         library = ctypes.CDLL(spec.origin)
     except OSError:
         return None
-    if not library.lepton_is_supported():
+    if library.lepton_vector_level() == VectorLevel.NONE:
         return None
     for name, arguments in _SIGNATURES.items():
-        getattr(library, name).argtypes = [_TYPES[letter] for letter in arguments]
+        if hasattr(library, name):  # an older compiler leaves those for AVX-512 out
+            getattr(library, name).argtypes = [_TYPES[letter] for letter in arguments]
     return library
+
+
+@cache
+def vector_level() -> VectorLevel:
+    """What the kernels may use of this machine."""
+    library = native_library()
+    return VectorLevel.NONE if library is None else VectorLevel(library.lepton_vector_level())

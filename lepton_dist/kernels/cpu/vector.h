@@ -1,12 +1,15 @@
 /* What all kernels share: the instructions they may use, float formats, and e^x.
  *
  * The kernels are plain C functions, called through ctypes, on torch's OpenMP threads. They are written for AVX2 with FMA
- * and F16C, which every x86 server has had since 2013; lepton_is_supported says whether this machine does.
+ * and F16C, which every x86 server has had since 2013, and once more for AVX-512 with VNNI and BF16 where that pays;
+ * lepton_vector_level says what this machine has.
  */
 #ifndef LEPTON_VECTOR_H
 #define LEPTON_VECTOR_H
 
+#if defined(__x86_64__)
 #include <immintrin.h>
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -15,6 +18,17 @@
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16") /* sums must stay in registers: every short loop around them is unrolled */
 #define TARGET __attribute__((target("avx2,fma,f16c")))
+#if defined(__clang__) || __GNUC__ >= 10 /* compilers that know these instructions */
+#define HAS_AVX512
+#endif
+#define TARGET_512 \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,prefer-vector-width=512")))
+
+enum vector_level { NO_VECTORS, AVX2, AVX512 };
+
+enum vector_level lepton_vector_level(void);
+
+#if defined(__x86_64__)
 
 INLINE float bf16_to_float(uint16_t half) {
     const uint32_t bits = (uint32_t)half << 16;
@@ -88,4 +102,5 @@ INLINE float exp_of(float x) {
     return x < -87.0f ? 0.0f : y * scale;
 }
 
+#endif
 #endif

@@ -8,14 +8,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lepton_dist.kernels.cpu.matmul import PanelWeight
-from lepton_dist.kernels.cpu.native import native_library
+from lepton_dist.kernels.cpu.native import VectorLevel, native_library, vector_level
 from lepton_dist.kernels.linear import make_weight, matrix_bytes
 from lepton_dist.kernels.quantized import RoundedWeight
+from lepton_dist.plan.precision import INT4_GROUPS
 
 needs_panels = pytest.mark.skipif(native_library() is None, reason="no compiled kernels: not built, or no AVX2")
-sizes = st.tuples(st.integers(1, 20), st.integers(1, 200), st.integers(1, 70))
-# Values that share a scale of x, None for a whole row, and the number of steps that the largest of them gets.
-ROUNDED_X = {"int8": (None, 1023), "int4": (32, 127), "int4-64": (64, 127), "int4-128": (128, 127)}
+at_each_level = pytest.mark.parametrize(
+    "level",
+    [
+        pytest.param(
+            level, marks=pytest.mark.skipif(vector_level() < level, reason=f"this machine has no {level.name}")
+        )
+        for level in (VectorLevel.AVX2, VectorLevel.AVX512)
+    ],
+)
+sizes = st.tuples(st.integers(1, 30), st.integers(1, 1200), st.integers(1, 70))
+INT4 = ["int4", "int4-64", "int4-128"]
+
+
+def rounded_x(kind: str, level: VectorLevel) -> tuple[int, int]:
+    """How many values of x share a scale, and the number of steps that the largest of them gets."""
+    if level == VectorLevel.AVX512:
+        return 512, 127
+    return (1 << 20, 1023) if kind == "int8" else (INT4_GROUPS[kind], 127)
+
+
+def worst_of_rounding(x: torch.Tensor, dense: torch.Tensor, width: int, steps: int) -> torch.Tensor:
+    """Every x is off by half a step, always to the side of its weight."""
+    groups = [slice(k, k + width) for k in range(0, x.shape[1], width)]
+    return sum(x[:, at].abs().amax(1, keepdim=True).double() / steps / 2 * dense[:, at].abs().sum(1) for at in groups)
 
 
 def case(rows: int, in_features: int, out_features: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,78 +52,87 @@ def error(y: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((y.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
 
 
-@needs_panels
+@at_each_level
 @settings(max_examples=60, deadline=None)
-@given(sizes, st.sampled_from((torch.float32, torch.bfloat16)))
-def test_bfloat16_panels_equal_double_precision(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+@given(shape=sizes, dtype=st.sampled_from((torch.float32, torch.bfloat16)))
+def test_bfloat16_panels_equal_double_precision(
+    level: VectorLevel, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
     x, weight = case(*shape)
     x, weight = x.to(dtype), weight.bfloat16()
-    y = PanelWeight(weight, "bfloat16").matmul(x)
+    y = PanelWeight(weight, "bfloat16", level).matmul(x)
     assert y.dtype == dtype and y.shape == (shape[0], shape[2])
-    # float32 sums of up to 200 products; a bfloat16 result is rounded to 8 bits.
-    assert error(y, x.double() @ weight.double().T) < (1e-6 if dtype == torch.float32 else 4e-3)
+    # float32 sums of up to 1,200 products; AVX-512 takes x in bfloat16, and a bfloat16 result is rounded to 8 bits.
+    taken = x.bfloat16() if level == VectorLevel.AVX512 else x
+    assert error(y, taken.double() @ weight.double().T) < (2e-6 if dtype == torch.float32 else 4e-3)
 
 
-@needs_panels
-@pytest.mark.parametrize("kind", ["int8", "int4", "int4-64", "int4-128"])
+@at_each_level
+@pytest.mark.parametrize("kind", ["int8", *INT4])
 @settings(max_examples=60, deadline=None)
 @given(shape=sizes)
-def test_rounded_panels_equal_the_reference(kind: str, shape: tuple[int, int, int]) -> None:
-    x, weight = case(*shape)
+def test_rounded_panels_equal_the_reference(kind: str, level: VectorLevel, shape: tuple[int, int, int]) -> None:
+    x, weight = case(min(shape[0], 12), *shape[1:])
     dense = RoundedWeight(weight, kind).dense(torch.float64)
-    y = PanelWeight(weight, kind).matmul(x)
-    # At worst every x is off by half a step, always to the side of its weight; float32 sums come on top.
-    width, steps = ROUNDED_X[kind]
-    groups = [slice(k, k + width) for k in range(0, shape[1], width)] if width else [slice(None)]
-    worst = sum(x[:, at].abs().amax(1, keepdim=True).double() / steps / 2 * dense[:, at].abs().sum(1) for at in groups)
+    y = PanelWeight(weight, kind, level).matmul(x)
+    worst = worst_of_rounding(x, dense, *rounded_x(kind, level))
     assert bool(((y.double() - x.double() @ dense.T).abs() <= worst * 1.001 + 1e-5).all())
 
 
-@needs_panels
-@pytest.mark.parametrize("kind", ["int4", "int4-64", "int4-128"])
+@at_each_level
+@pytest.mark.parametrize("kind", INT4)
 @settings(max_examples=60, deadline=None)
-@given(shape=st.tuples(st.integers(33, 50), st.integers(1, 1200), st.integers(1, 70)))
-def test_expanded_panels_equal_the_reference(kind: str, shape: tuple[int, int, int]) -> None:
+@given(shape=st.tuples(st.integers(44, 60), st.integers(1, 1200), st.integers(1, 70)))
+def test_expanded_panels_equal_the_reference(kind: str, level: VectorLevel, shape: tuple[int, int, int]) -> None:
     x, weight = case(*shape)
     weight[:, : shape[1] // 2] *= 30  # scales of one row that lie far apart
     rounded = RoundedWeight(weight, kind)
-    dense, scales = rounded.dense(torch.float64), rounded._scales.double().abs()
-    y = PanelWeight(weight, kind).matmul(x)
-    # Every x is off by half of 1/1023 of its row's largest, every weight by 8 times half of 1/511 of its row's scale.
-    worst = x.abs().amax(1, keepdim=True).double() / 1023 / 2 * (dense.abs().sum(1) * 1.01)
-    worst = worst + x.double().abs().sum(1, keepdim=True) * 4 / 511 * scales.amax((1, 2))
+    dense, scales = rounded.dense(torch.float64), rounded._scales.double().abs().amax((1, 2))
+    y = PanelWeight(weight, kind, level).matmul(x)
+    if level == VectorLevel.AVX512:
+        # Every weight is off by half of 8/127 of the largest scale, and by a little for scales rounded to 8 more bits.
+        (width, steps), off = rounded_x(kind, level), 8 / 127 / 2 * 1.1
+    else:
+        # Every weight is off by 8 times half of 1/511 of its row's scale.
+        (width, steps), off = rounded_x("int8", level), 4 / 511
+    worst = worst_of_rounding(x, dense.abs() + off * scales[:, None], width, steps)
+    worst = worst + x.double().abs().sum(1, keepdim=True) * off * scales
     assert bool(((y.double() - x.double() @ dense.T).abs() <= worst * 1.001 + 1e-5).all())
 
 
-@needs_panels
-@pytest.mark.parametrize("kind", ["int4", "int4-64", "int4-128"])
-def test_sums_of_expanded_panels_do_not_overflow(kind: str) -> None:
+@at_each_level
+@pytest.mark.parametrize("kind", INT4)
+def test_sums_of_expanded_panels_do_not_overflow(kind: str, level: VectorLevel) -> None:
     """The largest values everywhere, of one sign."""
-    y = PanelWeight(torch.full((16, 4096), -1.0), kind).matmul(torch.ones(33, 4096))
-    assert torch.allclose(y, torch.full((33, 16), -4096.0), rtol=1e-3)
+    y = PanelWeight(torch.full((16, 4096), -1.0), kind, level).matmul(torch.ones(50, 4096))
+    assert torch.allclose(y, torch.full((50, 16), -4096.0), rtol=1e-3)
 
 
-@needs_panels
+@at_each_level
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_more_rows_than_fit_a_chunk(kind: str, threads: int) -> None:
-    x, weight = case(401, 96, 40)
+def test_more_rows_than_fit_a_chunk(kind: str, level: VectorLevel, threads: int) -> None:
+    x, weight = case(601, 96, 40)
+    x = x.bfloat16().float()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        together = PanelWeight(weight.bfloat16(), kind).matmul(x)
+        together = PanelWeight(weight.bfloat16(), kind, level).matmul(x)
     finally:
         torch.set_num_threads(before)
-    alone = torch.cat([PanelWeight(weight.bfloat16(), kind).matmul(row) for row in x.split(1)])
+    alone = torch.cat([PanelWeight(weight.bfloat16(), kind, level).matmul(row) for row in x.split(1)])
+    if level == VectorLevel.AVX512 and kind != "int4":
+        assert torch.equal(together, alone)  # a row's sums are its own affair
+        return
     # The order of additions depends on the number of rows; the rounding of x does not.
-    # ... but that of int4, which takes x in 8 bits a group for a few rows, and in 11 for many: where a large channel
-    # lies, half a step is 0.2 of the others, in most of the groups.
+    # ... but int4 is expanded for many rows, to weights that are rounded once more or for x in 11 bits instead of 8.
     assert error(together, alone.double()) < (2e-2 if kind == "int4" else 1e-6)
 
 
 @pytest.mark.parametrize(("kind", "most"), [("int8", 0.012), ("int4", 0.12)])
 def test_rounding_costs_what_its_bits_cost(kind: str, most: float) -> None:
     x, weight = case(64, 256, 128)
+    x = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))  # large channels cost more where x has 8 bits
     exact = x.double() @ weight.double().T
     for form in (make_weight(weight, kind), RoundedWeight(weight, kind)):
         # Uniform rounding errors of the weights: 1/127 or 1/8 of the largest of a row or group, over sqrt(12).
@@ -117,19 +148,17 @@ def test_zeros_stay_zeros(kind: str) -> None:
     assert torch.count_nonzero(make_weight(weight, kind).matmul(torch.zeros(2, 64))) == 0
 
 
-@needs_panels
-def test_int8_sums_do_not_overflow() -> None:
+@at_each_level
+def test_int8_sums_do_not_overflow(level: VectorLevel) -> None:
     """The largest values everywhere, over more inputs than 11 bits of x have room for."""
-    ones = torch.ones(1, 40_000)
-    assert float(PanelWeight(torch.ones(16, 40_000), "int8").matmul(ones)[0, 0]) == pytest.approx(40_000, rel=1e-3)
+    weight = PanelWeight(torch.ones(16, 40_000), "int8", level)
+    assert float(weight.matmul(torch.ones(1, 40_000))[0, 0]) == pytest.approx(40_000, rel=1e-3)
 
 
 @needs_panels
-@pytest.mark.parametrize("kind", ["int8", "int4", "int4-64", "int4-128"])
+@pytest.mark.parametrize("kind", ["int8", *INT4])
 def test_bytes_are_those_that_are_told(kind: str) -> None:
-    weight = PanelWeight(torch.randn(48, 200), kind)
-    scales = 0 if weight._scales is None else weight._scales.nbytes
-    assert weight._panels.nbytes + scales == matrix_bytes(kind, 48, 200)
+    assert PanelWeight(torch.randn(48, 200), kind)._panels.nbytes == matrix_bytes(kind, 48, 200)
 
 
 def test_a_view_with_a_row_stride_is_read_in_place() -> None:

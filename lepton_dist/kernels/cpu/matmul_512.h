@@ -1,0 +1,137 @@
+/* What the matmul kernels for AVX-512 share: panels of 32 output features, and activations rounded to bytes.
+ *
+ * Rows of x are rounded to 8 bits, with a scale for each DEPTH of their values, and multiplied with bytes four neighbouring
+ * k at a time (vpdpbusd: unsigned weights, signed x). A sum depends on its own row and feature only, whatever the number
+ * of rows: all of them are added up in the same order.
+ */
+#ifndef LEPTON_MATMUL_512_H
+#define LEPTON_MATMUL_512_H
+
+#define PANEL 32
+#define PANEL_TARGET TARGET_512
+#include "matmul.h"
+
+#define ROWS 12   /* 12 x 2 sums, two vectors of weights, a factor */
+#define DEPTH 512 /* k of x that share a scale; 512 x 32 bytes of weights stay in the first cache */
+
+INLINE int64_t up_to(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+
+/* 16 values from index `at` of an array of the kind; those from `left` on are zero. */
+INLINE TARGET_512 __m512 load_16(const void *from, int64_t kind, int64_t at, int64_t left) {
+    const __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+    if (!kind) return _mm512_maskz_loadu_ps(mask, (const float *)from + at);
+    const __m256i halves = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)from + at);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+/* How a block of rounded rows lies: bytes [padded in / 4][count][4], scales [depths][count], and sums of the rounded values
+   times `excess` [depths * DEPTH / share][count]: what the products with unsigned weights are too large by. */
+struct bytes_layout {
+    int64_t padded, share;
+    int32_t excess;
+};
+
+INLINE int64_t num_depths(const struct bytes_layout *l) { return (l->padded + DEPTH - 1) / DEPTH; }
+INLINE int64_t byte_row_bytes(const struct bytes_layout *l) {
+    return l->padded + num_depths(l) * 4 + num_depths(l) * (DEPTH / l->share) * 4;
+}
+INLINE const float *byte_scales(const struct bytes_layout *l, const void *block, int64_t count) {
+    return (const float *)((const char *)block + l->padded * count);
+}
+INLINE const int32_t *byte_excess(const struct bytes_layout *l, const void *block, int64_t count) {
+    return (const int32_t *)(byte_scales(l, block, count) + num_depths(l) * count);
+}
+
+/* Rows [from, from + count) of x, the largest of each DEPTH rounded to 127. */
+INLINE TARGET_512 void round_to_bytes(
+    const struct matmul_call *c, const struct bytes_layout *l, int64_t from, int64_t count, void *block
+) {
+    float *scales = (float *)byte_scales(l, block, count);
+    int32_t *excess = (int32_t *)byte_excess(l, block, count);
+    const __m512 no_sign = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
+    for (int64_t r = 0; r < count; r++)
+        for (int64_t k0 = 0; k0 < l->padded; k0 += DEPTH) {
+            const int64_t at = (from + r) * c->x_stride + k0, left = c->in - k0;
+            const int64_t depth = l->padded - k0 < DEPTH ? l->padded - k0 : DEPTH, number = k0 / DEPTH;
+            __m512 values[DEPTH / 16], most = _mm512_setzero_ps();
+            for (int64_t k = 0; k < depth; k += 16) {
+                values[k / 16] = load_16(c->x, c->x_kind, at + k, left - k);
+                most = _mm512_max_ps(_mm512_and_ps(values[k / 16], no_sign), most);
+            }
+            const float highest = _mm512_reduce_max_ps(most);
+            const __m512 inverse = _mm512_set1_ps(highest > 0 ? 127.0f / highest : 0);
+            scales[number * count + r] = highest / 127.0f;
+            for (int64_t k1 = 0; k1 < depth; k1 += l->share) {
+                __m512i sum = _mm512_setzero_si512();
+                for (int64_t k = k1; k < k1 + l->share && k < depth; k += 16) {
+                    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(values[k / 16], inverse));
+                    int32_t quads[4];
+                    sum = _mm512_add_epi32(sum, whole);
+                    _mm_storeu_si128((__m128i *)quads, _mm512_cvtepi32_epi8(whole));
+                    for (int64_t q = 0; q < 4 && k + 4 * q < depth; q++)
+                        ((int32_t *)block)[((k0 + k) / 4 + q) * count + r] = quads[q];
+                }
+                excess[(number * (DEPTH / l->share) + k1 / l->share) * count + r] = _mm512_reduce_add_epi32(sum) * l->excess;
+            }
+        }
+}
+
+/* sum + four products of unsigned and signed bytes a lane. Not the intrinsic: around that, compilers copy every sum. */
+INLINE TARGET_512 __m512i add_products(__m512i sum, __m512i weights, __m512i x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
+    return sum;
+}
+
+/* x [quads][rows][4] times weights [quads][32][4], less the excess [rows] -> sums [rows][2 vectors]. */
+INLINE TARGET_512 void multiply_bytes(
+    const int32_t *x, const void *weights, int64_t quads, const int32_t *excess, int rows, __m512i *sum
+) {
+    __m512i held[2 * ROWS]; /* not `sum`: what has an address is stored again and again */
+    UNROLL for (int i = 0; i < 2 * rows; i++) held[i] = _mm512_set1_epi32(-excess[i / 2]);
+    for (int64_t q = 0; q < quads; q++) {
+        const __m512i *at = (const __m512i *)weights + 2 * q;
+        const __m512i low = _mm512_loadu_si512(at), top = _mm512_loadu_si512(at + 1);
+        UNROLL for (int r = 0; r < rows; r++) {
+            const __m512i factor = _mm512_set1_epi32(x[q * rows + r]);
+            held[2 * r] = add_products(held[2 * r], low, factor);
+            held[2 * r + 1] = add_products(held[2 * r + 1], top, factor);
+        }
+    }
+    UNROLL for (int i = 0; i < 2 * rows; i++) sum[i] = held[i];
+}
+
+/* DEPTH of x, rounded to bytes, times that of bytes of weights with a scale a feature [32]: added to values [count][32], or
+   put there when it is the first. */
+INLINE TARGET_512 void multiply_depth(
+    const struct bytes_layout *l, const void *block, const void *weights, int64_t k, const float *scales, float *values,
+    int rows
+) {
+    const int64_t depth = l->padded - k < DEPTH ? l->padded - k : DEPTH, number = k / DEPTH;
+    __m512i sum[2 * ROWS];
+    multiply_bytes((const int32_t *)block + k / 4 * rows, weights, depth / 4, byte_excess(l, block, rows) + number * rows, rows, sum);
+    const float *row_scales = byte_scales(l, block, rows) + number * rows;
+    UNROLL for (int i = 0; i < 2 * rows; i++) {
+        const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(row_scales[i / 2]), _mm512_loadu_ps(scales + i % 2 * 16));
+        const __m512 before = k == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(values + i * 16);
+        _mm512_storeu_ps(values + i * 16, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i]), scale, before));
+    }
+}
+
+/* Runs KERNEL(rows) for a number of rows, a constant in each case, so that its loops unroll. */
+#define FOR_ROWS_UP_TO_12(count, KERNEL) \
+    switch (count) { \
+    case 1: KERNEL(1); break; \
+    case 2: KERNEL(2); break; \
+    case 3: KERNEL(3); break; \
+    case 4: KERNEL(4); break; \
+    case 5: KERNEL(5); break; \
+    case 6: KERNEL(6); break; \
+    case 7: KERNEL(7); break; \
+    case 8: KERNEL(8); break; \
+    case 9: KERNEL(9); break; \
+    case 10: KERNEL(10); break; \
+    case 11: KERNEL(11); break; \
+    default: KERNEL(12); break; \
+    }
+
+#endif

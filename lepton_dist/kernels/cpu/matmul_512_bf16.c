@@ -1,0 +1,88 @@
+/* Matmul with bfloat16 weights and activations for AVX-512 with BF16: two neighbouring k an instruction (vdpbf16ps), summed
+ * in float32.
+ *
+ * A panel is [in / 2][32][2] halves; an odd `in` ends with zeros.
+ */
+#include "vector.h"
+#if defined(HAS_AVX512) && defined(__x86_64__)
+#include "matmul_512.h"
+
+#define PAIR_DEPTH 512 /* k at a time: 512 x 32 weights stay in the second cache */
+
+/* sum + two products a lane. Not the intrinsic: around that, compilers copy sums. */
+INLINE TARGET_512 __m512 add_products_bf16(__m512 sum, __m512i weights, __m512i x) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
+    return sum;
+}
+
+/* x [pairs][rows][2] times a panel [pairs][32][2], added to values [rows][32], or put there when it is the first. */
+INLINE TARGET_512 void multiply(const int32_t *x, const uint16_t *panel, int64_t pairs, int is_first, int rows, float *values) {
+    __m512 sum[2 * ROWS];
+    UNROLL for (int i = 0; i < 2 * rows; i++) sum[i] = is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(values + i * 16);
+    for (int64_t p = 0; p < pairs; p++) {
+        const __m512i *at = (const __m512i *)panel + 2 * p;
+        const __m512i low = _mm512_loadu_si512(at), top = _mm512_loadu_si512(at + 1);
+        UNROLL for (int r = 0; r < rows; r++) {
+            const __m512i factor = _mm512_set1_epi32(x[p * rows + r]);
+            sum[2 * r] = add_products_bf16(sum[2 * r], low, factor);
+            sum[2 * r + 1] = add_products_bf16(sum[2 * r + 1], top, factor);
+        }
+    }
+    UNROLL for (int i = 0; i < 2 * rows; i++) _mm512_storeu_ps(values + i * 16, sum[i]);
+}
+
+static TARGET_512 void multiply_rows(
+    const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, int64_t k,
+    float *values
+) {
+    const int64_t left = (c->in - k + 1) / 2, pairs = left < PAIR_DEPTH / 2 ? left : PAIR_DEPTH / 2;
+    const int32_t *x = (const int32_t *)block + k / 2 * count;
+    const uint16_t *weights = (const uint16_t *)panel + k * PANEL;
+    (void)number;
+#define KERNEL(n) multiply(x, weights, pairs, k == 0, n, values)
+    FOR_ROWS_UP_TO_12(count, KERNEL)
+#undef KERNEL
+}
+
+/* Rows [from, from + count) of x, rounded to bfloat16 -> [pairs][count][2]. */
+static TARGET_512 void lay_out(const struct matmul_call *c, int64_t from, int64_t count, void *block) {
+    for (int64_t r = 0; r < count; r++)
+        for (int64_t k = 0; k < c->in; k += 16) {
+            const __m512 values = load_16(c->x, c->x_kind, (from + r) * c->x_stride + k, c->in - k);
+            int32_t pairs[8];
+            _mm256_storeu_si256((__m256i *)pairs, (__m256i)_mm512_cvtneps_pbh(values));
+            for (int64_t p = 0; p < 8 && k + 2 * p < c->in; p++) ((int32_t *)block)[(k / 2 + p) * count + r] = pairs[p];
+        }
+}
+
+/* 0, or 1 when there is no memory. */
+int lepton_matmul_bf16_512(const struct matmul_call *c) {
+    return matmul(
+        c,
+        &(struct matmul_kind){
+            .rows = ROWS,
+            .row_bytes = up_to(c->in, 2) * 2,
+            .panel_bytes = up_to(c->in, 2) * PANEL * 2,
+            .depth = PAIR_DEPTH,
+            .lay_out = lay_out,
+            .multiply = multiply_rows,
+        }
+    );
+}
+
+/* weights bfloat16 [out, in], rows contiguous -> panels of num_panels(out) * in * 32 halves, `in` rounded up to 2. */
+TARGET_512 void lepton_pack_bf16_512(const uint16_t *weights, int64_t out, int64_t in, uint32_t *panels, int64_t threads) {
+    const int64_t pairs = up_to(in, 2) / 2;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t p = 0; p < num_panels(out); p++) {
+        uint32_t *panel = panels + p * pairs * PANEL;
+        for (int64_t k = 0; k < pairs; k++)
+            for (int64_t i = 0; i < PANEL; i++) {
+                const int64_t row = p * PANEL + i;
+                uint32_t pair = 0;
+                if (row < out) memcpy(&pair, weights + row * in + 2 * k, 2 * k + 1 < in ? 4 : 2);
+                panel[k * PANEL + i] = pair;
+            }
+    }
+}
+#endif

@@ -1,0 +1,78 @@
+/* Matmul with int8 weights, one scale an output feature, for AVX-512 with VNNI.
+ *
+ * A panel is [in / 4][32][4] bytes, each a weight plus 128; an `in` that is no multiple of 4 ends with zeros (of 128).
+ */
+#include "vector.h"
+#if defined(HAS_AVX512) && defined(__x86_64__)
+#include "matmul_512.h"
+
+INLINE struct bytes_layout layout_of(const struct matmul_call *c) {
+    return (struct bytes_layout){.padded = up_to(c->in, 4), .share = DEPTH, .excess = 128};
+}
+
+static TARGET_512 void multiply_rows(
+    const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, int64_t k,
+    float *values
+) {
+    const struct bytes_layout layout = layout_of(c);
+    const float *scales = (const float *)c->scales + number * PANEL;
+    const uint8_t *weights = (const uint8_t *)panel + k * PANEL;
+#define KERNEL(n) multiply_depth(&layout, block, weights, k, scales, values, n)
+    FOR_ROWS_UP_TO_12(count, KERNEL)
+#undef KERNEL
+}
+
+static TARGET_512 void round_rows(const struct matmul_call *c, int64_t from, int64_t count, void *block) {
+    const struct bytes_layout layout = layout_of(c);
+    round_to_bytes(c, &layout, from, count, block);
+}
+
+/* scales float32 [out]. 0, or 1 when there is no memory. */
+int lepton_matmul_int8_512(const struct matmul_call *c) {
+    const struct bytes_layout layout = layout_of(c);
+    return matmul(
+        c,
+        &(struct matmul_kind){
+            .rows = ROWS,
+            .row_bytes = byte_row_bytes(&layout),
+            .panel_bytes = layout.padded * PANEL,
+            .depth = DEPTH,
+            .lay_out = round_rows,
+            .multiply = multiply_rows,
+        }
+    );
+}
+
+/* The row that begins at index `at`, zeros when that is negative, to every 32nd quad of `to`; returns its scale. */
+static TARGET_512 float pack_row(const void *weights, int64_t kind, int64_t at, int64_t in, uint8_t *to) {
+    const __m512 no_sign = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
+    __m512 most = _mm512_setzero_ps();
+    if (at >= 0)
+        for (int64_t k = 0; k < in; k += 16)
+            most = _mm512_max_ps(_mm512_and_ps(load_16(weights, kind, at + k, in - k), no_sign), most);
+    const float highest = _mm512_reduce_max_ps(most);
+    const __m512 inverse = _mm512_set1_ps(highest > 0 ? 127.0f / highest : 0);
+    for (int64_t k = 0; k < in; k += 16) {
+        const __m512 values = load_16(weights, kind, at >= 0 ? at + k : 0, at >= 0 ? in - k : 0);
+        const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(values, inverse));
+        uint8_t bytes[16];
+        _mm_storeu_si128((__m128i *)bytes, _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(128))));
+        for (int64_t q = 0; q < 4 && k + 4 * q < in; q++) memcpy(to + (k / 4 + q) * 4 * PANEL, bytes + 4 * q, 4);
+    }
+    return highest / 127.0f;
+}
+
+/* weights [out, in] of the kind (0 float32, 1 bfloat16) -> panels of num_panels(out) * in * 32 bytes, `in` rounded up to 4,
+   and scales float32 [num_panels(out) * 32]: round to nearest, the largest of each row to 127. */
+void lepton_pack_int8_512(
+    const void *weights, int64_t kind, int64_t out, int64_t in, uint8_t *panels, float *scales, int64_t threads
+) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t p = 0; p < num_panels(out); p++)
+        for (int64_t i = 0; i < PANEL; i++) {
+            const int64_t row = p * PANEL + i;
+            uint8_t *to = panels + p * up_to(in, 4) * PANEL + i * 4;
+            scales[row] = pack_row(weights, kind, row < out ? row * in : -1, in, to);
+        }
+}
+#endif
