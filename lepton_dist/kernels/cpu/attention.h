@@ -18,6 +18,7 @@ struct paged_call {
     int64_t query_stride;        /* from one token to the next */
     int64_t window;              /* keys that a token sees at most; 0 for all before it */
     int64_t threads;
+    int64_t level;               /* enum vector_level: the instructions to use */
 };
 
 /* The sums of four vectors. */

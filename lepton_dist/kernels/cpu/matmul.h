@@ -8,6 +8,7 @@
 #define PANEL 16
 #define PANEL_TARGET TARGET
 #endif
+#define READ_AHEAD_ROWS 6
 #define CHUNK_ROWS 264 /* rows of x that go over the weights together: they stay in the cache meanwhile */
 
 /* x [rows, in] and y [rows, out]; a kind of 0 is float32, 1 is bfloat16. Strides are in elements. */
@@ -53,7 +54,7 @@ struct matmul_kind {
     void (*lay_out)(const struct matmul_call *c, int64_t from, int64_t count, void *block);
     void (*multiply)(
         const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, int64_t k,
-        float *values
+        float *values, const char *ahead
     );
 };
 
@@ -83,17 +84,18 @@ static inline PANEL_TARGET int matmul(const struct matmul_call *c, const struct 
                 const char *panel = (const char *)c->weights + p * kind->panel_bytes;
                 float values[CHUNK_ROWS * PANEL] __attribute__((aligned(64)));
                 if (kind->expand != NULL && expanded == NULL) continue;
-                const int64_t ahead = kind->panel_bytes * kind->depth / c->in / blocks; /* of the next weights, a block */
                 for (int64_t k = 0; k < c->in; k += kind->depth) {
+                    const char *here = panel + kind->panel_bytes * k / c->in;
                     const char *next = panel + kind->panel_bytes * (k + kind->depth) / c->in;
                     if (expanded != NULL) kind->expand(c, panel, k, expanded);
                     for (int64_t b = 0; b < blocks; b++) {
                         const int64_t first = b * block_rows, left = rows - first;
-                        if (expanded != NULL) /* which is done in a burst, for which no hardware reads ahead */
-                            for (int64_t i = 0; i < ahead; i += 64) __builtin_prefetch(next + b * ahead + i, 0, 2);
+                        /* Weights to ask for meanwhile: the next ones during the last block, those just ahead during the
+                           only one, unless that is done faster than memory comes. */
+                        const char *ahead = b < blocks - 1 || rows < READ_AHEAD_ROWS ? packed : blocks > 1 ? next : here + 4096;
                         kind->multiply(
                             c, packed + first * kind->row_bytes, left < block_rows ? left : block_rows,
-                            expanded != NULL ? expanded : panel, p, k, values + first * PANEL
+                            expanded != NULL ? expanded : panel, p, k, values + first * PANEL, ahead
                         );
                     }
                 }

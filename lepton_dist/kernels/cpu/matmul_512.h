@@ -10,18 +10,17 @@
 #define PANEL 32
 #define PANEL_TARGET TARGET_512
 #include "matmul.h"
+#include "vector_512.h"
 
 #define ROWS 12   /* 12 x 2 sums, two vectors of weights, a factor */
 #define DEPTH 512 /* k of x that share a scale; 512 x 32 bytes of weights stay in the first cache */
 
 INLINE int64_t up_to(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
-/* 16 values from index `at` of an array of the kind; those from `left` on are zero. */
-INLINE TARGET_512 __m512 load_16(const void *from, int64_t kind, int64_t at, int64_t left) {
-    const __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
-    if (!kind) return _mm512_maskz_loadu_ps(mask, (const float *)from + at);
-    const __m256i halves = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)from + at);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+/* Ask for 128 bytes of memory, as many as a step over a panel reads, to the second cache. */
+INLINE void read_ahead(const char *at) {
+    __builtin_prefetch(at, 0, 2);
+    __builtin_prefetch(at + 64, 0, 2);
 }
 
 /* How a block of rounded rows lies: bytes [padded in / 4][count][4], scales [depths][count], and sums of the rounded values
@@ -76,19 +75,14 @@ INLINE TARGET_512 void round_to_bytes(
         }
 }
 
-/* sum + four products of unsigned and signed bytes a lane. Not the intrinsic: around that, compilers copy every sum. */
-INLINE TARGET_512 __m512i add_products(__m512i sum, __m512i weights, __m512i x) {
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
-    return sum;
-}
-
 /* x [quads][rows][4] times weights [quads][32][4], less the excess [rows] -> sums [rows][2 vectors]. */
 INLINE TARGET_512 void multiply_bytes(
-    const int32_t *x, const void *weights, int64_t quads, const int32_t *excess, int rows, __m512i *sum
+    const int32_t *x, const void *weights, int64_t quads, const int32_t *excess, int rows, __m512i *sum, const char *ahead
 ) {
     __m512i held[2 * ROWS]; /* not `sum`: what has an address is stored again and again */
     UNROLL for (int i = 0; i < 2 * rows; i++) held[i] = _mm512_set1_epi32(-excess[i / 2]);
     for (int64_t q = 0; q < quads; q++) {
+        read_ahead(ahead + q * 128);
         const __m512i *at = (const __m512i *)weights + 2 * q;
         const __m512i low = _mm512_loadu_si512(at), top = _mm512_loadu_si512(at + 1);
         UNROLL for (int r = 0; r < rows; r++) {
@@ -104,11 +98,11 @@ INLINE TARGET_512 void multiply_bytes(
    put there when it is the first. */
 INLINE TARGET_512 void multiply_depth(
     const struct bytes_layout *l, const void *block, const void *weights, int64_t k, const float *scales, float *values,
-    int rows
+    const char *ahead, int rows
 ) {
     const int64_t depth = l->padded - k < DEPTH ? l->padded - k : DEPTH, number = k / DEPTH;
     __m512i sum[2 * ROWS];
-    multiply_bytes((const int32_t *)block + k / 4 * rows, weights, depth / 4, byte_excess(l, block, rows) + number * rows, rows, sum);
+    multiply_bytes((const int32_t *)block + k / 4 * rows, weights, depth / 4, byte_excess(l, block, rows) + number * rows, rows, sum, ahead);
     const float *row_scales = byte_scales(l, block, rows) + number * rows;
     UNROLL for (int i = 0; i < 2 * rows; i++) {
         const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(row_scales[i / 2]), _mm512_loadu_ps(scales + i % 2 * 16));

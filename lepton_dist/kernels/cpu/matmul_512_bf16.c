@@ -9,17 +9,12 @@
 
 #define PAIR_DEPTH 512 /* k at a time: 512 x 32 weights stay in the second cache */
 
-/* sum + two products a lane. Not the intrinsic: around that, compilers copy sums. */
-INLINE TARGET_512 __m512 add_products_bf16(__m512 sum, __m512i weights, __m512i x) {
-    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
-    return sum;
-}
-
 /* x [pairs][rows][2] times a panel [pairs][32][2], added to values [rows][32], or put there when it is the first. */
-INLINE TARGET_512 void multiply(const int32_t *x, const uint16_t *panel, int64_t pairs, int is_first, int rows, float *values) {
+INLINE TARGET_512 void multiply(const int32_t *x, const uint16_t *panel, int64_t pairs, int is_first, int rows, float *values, const char *ahead) {
     __m512 sum[2 * ROWS];
     UNROLL for (int i = 0; i < 2 * rows; i++) sum[i] = is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(values + i * 16);
     for (int64_t p = 0; p < pairs; p++) {
+        read_ahead(ahead + p * 128);
         const __m512i *at = (const __m512i *)panel + 2 * p;
         const __m512i low = _mm512_loadu_si512(at), top = _mm512_loadu_si512(at + 1);
         UNROLL for (int r = 0; r < rows; r++) {
@@ -33,13 +28,13 @@ INLINE TARGET_512 void multiply(const int32_t *x, const uint16_t *panel, int64_t
 
 static TARGET_512 void multiply_rows(
     const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, int64_t k,
-    float *values
+    float *values, const char *ahead
 ) {
     const int64_t left = (c->in - k + 1) / 2, pairs = left < PAIR_DEPTH / 2 ? left : PAIR_DEPTH / 2;
     const int32_t *x = (const int32_t *)block + k / 2 * count;
     const uint16_t *weights = (const uint16_t *)panel + k * PANEL;
     (void)number;
-#define KERNEL(n) multiply(x, weights, pairs, k == 0, n, values)
+#define KERNEL(n) multiply(x, weights, pairs, k == 0, n, values, ahead)
     FOR_ROWS_UP_TO_12(count, KERNEL)
 #undef KERNEL
 }

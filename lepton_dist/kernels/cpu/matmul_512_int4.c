@@ -26,7 +26,7 @@ INLINE struct bytes_layout layout_of(const struct matmul_call *c, int is_expande
 
 /* DEPTH of x, rounded to bytes, times that of a panel, added to values [rows][32], or put there when it is the first. */
 INLINE TARGET_512 void multiply(
-    const struct bytes_layout *l, const void *block, const uint8_t *panel, int64_t k, float *values, int rows
+    const struct bytes_layout *l, const void *block, const uint8_t *panel, int64_t k, float *values, const char *ahead, int rows
 ) {
     const int64_t size = l->share, depth = l->padded - k < DEPTH ? l->padded - k : DEPTH;
     const int32_t *x = (const int32_t *)block + k / 4 * rows, *excess = byte_excess(l, block, rows) + k / size * rows;
@@ -37,7 +37,8 @@ INLINE TARGET_512 void multiply(
     for (int64_t g = 0; g < depth / size; g++, panel += group_bytes(size), excess += rows) {
         __m512i sum[2 * ROWS];
         UNROLL for (int r = 0; r < rows; r++) sum[2 * r] = sum[2 * r + 1] = _mm512_set1_epi32(-excess[r]);
-        for (int64_t q = 0; q < size / 8; q++, x += 2 * rows) {
+        for (int64_t q = 0; q < size / 8; q++, x += 2 * rows, ahead += 128) {
+            read_ahead(ahead);
             const __m512i first = _mm512_loadu_si512(panel + q * 128), second = _mm512_loadu_si512(panel + q * 128 + 64);
             const __m512i low[2] = {_mm512_and_si512(first, nibble), _mm512_and_si512(second, nibble)};
             const __m512i high[2] = {
@@ -63,12 +64,13 @@ INLINE TARGET_512 void multiply(
 
 static TARGET_512 void multiply_few_rows(
     const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, int64_t k,
-    float *values
+    float *values, const char *ahead
 ) {
+
     const struct bytes_layout layout = layout_of(c, 0);
     const uint8_t *weights = (const uint8_t *)panel + k / c->group * group_bytes(c->group);
     (void)number;
-#define KERNEL(n) multiply(&layout, block, weights, k, values, n)
+#define KERNEL(n) multiply(&layout, block, weights, k, values, ahead, n)
     FOR_ROWS_UP_TO_12(count, KERNEL)
 #undef KERNEL
 }
@@ -124,12 +126,13 @@ static TARGET_512 void expand(const struct matmul_call *c, const void *panel, in
 
 static TARGET_512 void multiply_many_rows(
     const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, int64_t k,
-    float *values
+    float *values, const char *ahead
 ) {
+
     const struct bytes_layout layout = layout_of(c, 1);
     const struct expanded *expanded = panel;
     (void)number;
-#define KERNEL(n) multiply_depth(&layout, block, expanded->weights, k, expanded->scales, values, n)
+#define KERNEL(n) multiply_depth(&layout, block, expanded->weights, k, expanded->scales, values, ahead, n)
     FOR_ROWS_UP_TO_12(count, KERNEL)
 #undef KERNEL
 }

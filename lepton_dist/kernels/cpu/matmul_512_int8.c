@@ -12,12 +12,12 @@ INLINE struct bytes_layout layout_of(const struct matmul_call *c) {
 
 static TARGET_512 void multiply_rows(
     const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, int64_t k,
-    float *values
+    float *values, const char *ahead
 ) {
     const struct bytes_layout layout = layout_of(c);
     const float *scales = (const float *)c->scales + number * PANEL;
     const uint8_t *weights = (const uint8_t *)panel + k * PANEL;
-#define KERNEL(n) multiply_depth(&layout, block, weights, k, scales, values, n)
+#define KERNEL(n) multiply_depth(&layout, block, weights, k, scales, values, ahead, n)
     FOR_ROWS_UP_TO_12(count, KERNEL)
 #undef KERNEL
 }

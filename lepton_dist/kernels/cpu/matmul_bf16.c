@@ -47,8 +47,9 @@ INLINE TARGET void multiply(const float *x, const uint16_t *panel, int64_t depth
 
 static TARGET void multiply_rows(
     const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, int64_t k,
-    float *values
+    float *values, const char *ahead
 ) {
+    (void)ahead;
     (void)number, (void)k;
 #define KERNEL(n) multiply(block, panel, c->in, values, n, n == 1 ? 6 : n == 2 ? 3 : n == 3 ? 2 : 1)
     FOR_ROWS_UP_TO_6(count, KERNEL)

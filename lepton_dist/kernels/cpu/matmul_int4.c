@@ -80,8 +80,9 @@ INLINE TARGET void multiply_few(
 
 static TARGET void multiply_few_rows(
     const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, int64_t k,
-    float *values
+    float *values, const char *ahead
 ) {
+    (void)ahead;
     (void)number, (void)k;
     switch (count) {
     case 1: multiply_few(c, block, panel, values, 1); break;
@@ -182,8 +183,9 @@ static TARGET void expand(const struct matmul_call *c, const void *panel, int64_
 
 static TARGET void multiply_expanded(
     const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, int64_t k,
-    float *values
+    float *values, const char *ahead
 ) {
+    (void)ahead;
     const int64_t left = (c->in - k + 1) / 2, pairs = left < DEPTH / 2 ? left : DEPTH / 2;
     const struct expanded *expanded = panel;
     const int16_t *x = (const int16_t *)block + k * count;

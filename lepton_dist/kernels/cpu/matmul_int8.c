@@ -14,8 +14,9 @@ INLINE float largest(int64_t in) {
 
 static TARGET void multiply_rows(
     const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, int64_t k,
-    float *values
+    float *values, const char *ahead
 ) {
+    (void)ahead;
     const int64_t pairs = (c->in + 1) / 2;
     (void)k;
     const float *row_scales = word_scales(block, c->in, count), *scales = (const float *)c->scales + number * PANEL;

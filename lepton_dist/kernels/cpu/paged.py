@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lepton_dist.kernels.cpu.native import KINDS, has_heads_side_by_side, native_library
+from lepton_dist.kernels.cpu.native import KINDS, has_heads_side_by_side, native_library, vector_level
 
 _WIDTH, _MAX_DIM, _MAX_ROWS = 8, 256, 32  # as in paged_attention.c
 
@@ -19,7 +19,7 @@ class _PagedCall(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "output", "tasks", "tables")),
         *((name, ctypes.c_int64) for name in ("num_tasks", "table_width", "block_tokens", "heads", "kv_heads", "dim")),
-        *((name, ctypes.c_int64) for name in ("kind", "cache_kind", "query_stride", "window", "threads")),
+        *((name, ctypes.c_int64) for name in ("kind", "cache_kind", "query_stride", "window", "threads", "level")),
     )
 
 
@@ -61,6 +61,7 @@ class PagedTasks:
             num_tasks=len(tasks),
             table_width=tables.shape[1],
             threads=torch.get_num_threads(),
+            level=vector_level(),
         )
 
     def attend(

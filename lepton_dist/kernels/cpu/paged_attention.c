@@ -6,6 +6,9 @@
  */
 #if defined(__x86_64__)
 #include "decode_attention.h"
+#if defined(HAS_AVX512)
+#include "attention_512.h"
+#endif
 
 #define MAX_ROWS 32 /* query tokens x query heads of a task */
 
@@ -142,15 +145,30 @@ int lepton_paged_attention(const struct paged_call *c) {
     if (c->dim % 8 || c->dim > MAX_DIM || c->heads % c->kv_heads || c->heads / c->kv_heads > MAX_ROWS) return 1;
     const int64_t count = c->num_tasks * c->kv_heads;
     const int few = c->cache_kind == 1 && c->dim % 16 == 0 && c->heads / c->kv_heads <= 2 * FEW_ROWS;
+#if defined(HAS_AVX512)
+    const int is_bf16 = c->kind == 1 && c->cache_kind == 1;
+    const int tiles = c->level == AVX512 && is_bf16 && c->dim % 32 == 0 && c->block_tokens % RUN == 0;
+#endif
 #pragma omp parallel num_threads(c->threads)
     {
-        struct rows work;
+        union {
+            struct rows rows;
+#if defined(HAS_AVX512)
+            struct tile_work tile;
+#endif
+        } work;
         /* The last tasks of a prompt see the most keys: the longest first, so that threads end together. */
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = count - 1; i >= 0; i--) {
             const int64_t *task = c->tasks + i / c->kv_heads * 4, kv_head = i % c->kv_heads;
+#if defined(HAS_AVX512)
+            if (tiles) {
+                attend_tiles(c, task, kv_head, &work.tile);
+                continue;
+            }
+#endif
             if (few && task[1] == 1) decode(c, task, kv_head);
-            else attend(c, task, kv_head, &work);
+            else attend(c, task, kv_head, &work.rows);
         }
     }
     return 0;

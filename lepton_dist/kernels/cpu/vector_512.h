@@ -1,0 +1,43 @@
+/* What the kernels for AVX-512 share: loads of either float format, dot products, and e^x. */
+#ifndef LEPTON_VECTOR_512_H
+#define LEPTON_VECTOR_512_H
+
+#include "vector.h"
+
+/* 16 values from index `at` of an array of the kind; those from `left` on are zero. */
+INLINE TARGET_512 __m512 load_16(const void *from, int64_t kind, int64_t at, int64_t left) {
+    const __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+    if (!kind) return _mm512_maskz_loadu_ps(mask, (const float *)from + at);
+    const __m256i halves = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)from + at);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+/* sum + four products of unsigned and signed bytes a lane. Not the intrinsic: around that, compilers copy every sum. */
+INLINE TARGET_512 __m512i add_products(__m512i sum, __m512i weights, __m512i x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
+    return sum;
+}
+
+/* sum + two products of bfloat16 a lane, likewise. */
+INLINE TARGET_512 __m512 add_products_bf16(__m512 sum, __m512i a, __m512i b) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+}
+
+/* e^x to 2 units in the last place (Cephes' expf); below -100 that of -100. */
+INLINE TARGET_512 __m512 exp_512(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-100.0f));
+    const __m512 k = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
+    __m512 r = _mm512_fmadd_ps(k, _mm512_set1_ps(-0.693359375f), x);
+    r = _mm512_fmadd_ps(k, _mm512_set1_ps(2.12194440e-4f), r);
+    __m512 y = _mm512_set1_ps(1.9875691500e-4f);
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.3981999507e-3f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(8.3334519073e-3f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(4.1665795894e-2f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.6666665459e-1f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(5.0000001201e-1f));
+    y = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(y, r), r, r), _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(y, k);
+}
+
+#endif
