@@ -9,12 +9,20 @@ import pytest
 import torch
 
 from lepton_dist.kernels.attention import PagedBatch, paged_attention
-from lepton_dist.kernels.cpu.native import native_library
+from lepton_dist.kernels.cpu.native import VectorLevel, native_library, vector_level
 from lepton_dist.kernels.cpu.paged import can_attend
+from tests.unit.kernels.paged import random_batch
 
 BLOCK = 16
 # One rounding of the output for bfloat16 (2^-9 of values below about 1); sums of a few hundred terms for float32.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
+
+
+def use_level(level: VectorLevel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the kernels use these instructions, where this machine has them."""
+    if vector_level() < level:
+        pytest.skip(f"this machine has no {level.name}")
+    monkeypatch.setattr("lepton_dist.kernels.cpu.paged.vector_level", lambda: level)
 
 
 def exact(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: list[int], seen: range) -> torch.Tensor:
@@ -33,7 +41,15 @@ def exact(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: 
     "shape", [(32, 8, 64), (6, 2, 16), (7, 7, 32), (12, 1, 128), (3, 1, 256), (10, 2, 48), (4, 2, 80)]
 )
 @pytest.mark.parametrize("window", [None, 5, 40])
-def test_decode_attention_equals_softmax(dtype: torch.dtype, shape: tuple[int, int, int], window: int | None) -> None:
+@pytest.mark.parametrize("level", [level for level in VectorLevel if level])
+def test_decode_attention_equals_softmax(
+    level: VectorLevel,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    window: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use_level(level, monkeypatch)
     heads, kv_heads, dim = shape
     torch.manual_seed(heads + dim)
     lengths = [1, 15, 16, 17, 97]
@@ -50,6 +66,49 @@ def test_decode_attention_equals_softmax(dtype: torch.dtype, shape: tuple[int, i
         start = 0 if window is None else max(0, length - window)
         expected = exact(query[rows[index]], keys, values, blocks[index], range(start, length))
         assert (result[rows[index]].double() - expected).abs().max() < TOLERANCE[dtype] * max(1.0, expected.abs().max())
+
+
+@pytest.mark.parametrize("window", [None, 7, 33, 64])
+@pytest.mark.parametrize("shape", [(8, 2, 64), (6, 6, 32), (5, 1, 128), (3, 1, 256), (4, 1, 96)])
+@pytest.mark.parametrize("level", [level for level in VectorLevel if level])
+def test_prompts_and_decoding_tokens_together(
+    level: VectorLevel, shape: tuple[int, int, int], window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of any length behind caches of any length; what a block holds beyond its sequence is never looked at."""
+    use_level(level, monkeypatch)
+    heads, kv_heads, dim = shape
+    torch.manual_seed(dim)
+    spans = [(1, 1), (33, 33), (20, 70), (1, 65), (5, 31), (64, 64), (1, 32)]
+    keys, values, batch = random_batch(spans, kv_heads, dim, BLOCK, torch.bfloat16)
+    for row, (_, length) in enumerate(spans):
+        if length % BLOCK:
+            last = int(batch.tables[row, length // BLOCK])
+            keys[last, :, length % BLOCK :] = values[last, :, length % BLOCK :] = math.nan
+    query = torch.randn(sum(count for count, _ in spans), heads, dim).bfloat16()
+    result = paged_attention(query, keys, values, batch, window)
+    start = 0
+    for row, (count, length) in enumerate(spans):
+        for token in range(count):
+            end = length - count + token + 1
+            seen = range(0 if window is None else max(0, end - window), end)
+            expected = exact(query[start + token], keys, values, batch.tables[row].tolist(), seen)
+            # Weights and the result are rounded to 8 bits.
+            limit = 2 * TOLERANCE[torch.bfloat16] * max(1.0, float(expected.abs().max()))
+            assert (result[start + token].double() - expected).abs().max() < limit
+        start += count
+
+
+def test_a_row_does_not_depend_on_those_beside_it() -> None:
+    """A token gets the same bits alone, decoded behind its cache, as in its prompt."""
+    if vector_level() < VectorLevel.AVX512:
+        pytest.skip("this machine has no AVX512")
+    torch.manual_seed(1)
+    keys, values, batch = random_batch([(90, 90)], 2, 64, BLOCK, torch.bfloat16)
+    query = torch.randn(90, 8, 64).bfloat16()
+    together = paged_attention(query, keys, values, batch, None)
+    for row in (0, 15, 16, 31, 32, 63, 89):
+        alone = PagedBatch(torch.empty(0, dtype=torch.int64), np.array([(0, 1, row + 1)]), batch.tables)
+        assert torch.equal(paged_attention(query[row : row + 1], keys, values, alone, None)[0], together[row])
 
 
 def test_the_compiled_kernel_was_used() -> None:
