@@ -6,6 +6,7 @@
 
 #define KEYS 16 /* keys whose scores are held at a time */
 #define MAX_DIM 256
+#define MAX_ROWS 32 /* query tokens x query heads of a task */
 
 /* What a call works on; strides are in elements. A kind of 0 is float32, 1 is bfloat16. */
 struct paged_call {

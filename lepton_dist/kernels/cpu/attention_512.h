@@ -13,19 +13,18 @@
 
 #define TILE 32     /* keys: two runs of 16, each within a block */
 #define RUN 16
-#define TILE_ROWS 32 /* of a task at most */
 #define FEW_ROWS_512 4 /* at a time: x 2 sums of scores, x 4 of mixed values */
 
 /* Arrays of `dim` columns are dense, whatever MAX_DIM: those of small heads stay in the first cache. */
 struct tile_work {
     int32_t keys[MAX_DIM / 2 * TILE] __attribute__((aligned(64)));   /* [dim / 2][TILE] pairs of channels */
     int32_t values[TILE / 2 * MAX_DIM] __attribute__((aligned(64))); /* [TILE / 2][dim] pairs of tokens */
-    int32_t query[TILE_ROWS * MAX_DIM / 2] __attribute__((aligned(64))); /* [rows][dim / 2] pairs of channels */
-    float mixed[TILE_ROWS * MAX_DIM] __attribute__((aligned(64)));       /* [rows][dim], in the order of `values` */
-    int32_t weights[TILE_ROWS][TILE / 2] __attribute__((aligned(64)));   /* pairs of tokens */
-    float scores[TILE_ROWS][TILE] __attribute__((aligned(64)));
-    float total[TILE_ROWS][16] __attribute__((aligned(64)));
-    float highest[TILE_ROWS];
+    int32_t query[MAX_ROWS * MAX_DIM / 2] __attribute__((aligned(64))); /* [rows][dim / 2] pairs of channels */
+    float mixed[MAX_ROWS * MAX_DIM] __attribute__((aligned(64)));       /* [rows][dim], in the order of `values` */
+    int32_t weights[MAX_ROWS][TILE / 2] __attribute__((aligned(64)));   /* pairs of tokens */
+    float scores[MAX_ROWS][TILE] __attribute__((aligned(64)));
+    float total[MAX_ROWS][16] __attribute__((aligned(64)));
+    float highest[MAX_ROWS];
 };
 
 /* 16 keys [16][dim], 32 channels of them -> [16 pairs][TILE], 16 of each row. */
@@ -68,18 +67,10 @@ INLINE TARGET_512 void pair_up(const uint16_t *values, int64_t dim, int64_t coun
 
 /* Scores of rows [r, r + rows) with a tile of keys. */
 INLINE TARGET_512 void score_tile(struct tile_work *w, int64_t r, int64_t dim, const int rows) {
-    const int32_t *query = w->query + r * dim / 2;
-    __m512 sum[2 * FEW_ROWS_512];
-    UNROLL for (int i = 0; i < 2 * rows; i++) sum[i] = _mm512_setzero_ps();
-    for (int64_t p = 0; p < dim / 2; p++) {
-        const __m512i low = _mm512_load_si512(w->keys + p * TILE), top = _mm512_load_si512(w->keys + p * TILE + RUN);
-        UNROLL for (int i = 0; i < rows; i++) {
-            const __m512i factor = _mm512_set1_epi32(query[i * dim / 2 + p]);
-            sum[2 * i] = add_products_bf16(sum[2 * i], low, factor);
-            sum[2 * i + 1] = add_products_bf16(sum[2 * i + 1], top, factor);
-        }
-    }
-    UNROLL for (int i = 0; i < 2 * rows; i++) _mm512_store_ps(w->scores[r] + i * RUN, sum[i]);
+    __m512i sum[2 * FEW_ROWS_512];
+    UNROLL for (int i = 0; i < 2 * rows; i++) sum[i] = _mm512_setzero_si512();
+    multiply_rows_of_words(w->query + r * dim / 2, 1, dim / 2, w->keys, dim / 2, rows, HALVES, NULL, sum);
+    UNROLL for (int i = 0; i < 2 * rows; i++) _mm512_store_ps(w->scores[r] + i * RUN, (__m512)sum[i]);
 }
 
 /* The scores of a row become weights; keys outside [from, to) of the tile get none. */
@@ -112,10 +103,10 @@ INLINE TARGET_512 void weigh_tile(struct tile_work *w, int64_t r, int64_t dim, f
 INLINE TARGET_512 void mix_tile(
     struct tile_work *w, int64_t r, int64_t d, int64_t dim, int64_t pairs, const int rows, const int vectors
 ) {
-    __m512 sum[4 * FEW_ROWS_512];
+    __m512i sum[4 * FEW_ROWS_512]; /* of floats */
     float *mixed = w->mixed + r * dim + d;
     UNROLL for (int i = 0; i < rows; i++)
-        UNROLL for (int v = 0; v < vectors; v++) sum[4 * i + v] = _mm512_load_ps(mixed + i * dim + 16 * v);
+        UNROLL for (int v = 0; v < vectors; v++) sum[4 * i + v] = _mm512_load_si512(mixed + i * dim + 16 * v);
     for (int64_t p = 0; p < pairs; p++) {
         __m512i values[4];
         UNROLL for (int v = 0; v < vectors; v++) values[v] = _mm512_load_si512(w->values + p * dim + d + 16 * v);
@@ -125,7 +116,7 @@ INLINE TARGET_512 void mix_tile(
         }
     }
     UNROLL for (int i = 0; i < rows; i++)
-        UNROLL for (int v = 0; v < vectors; v++) _mm512_store_ps(mixed + i * dim + 16 * v, sum[4 * i + v]);
+        UNROLL for (int v = 0; v < vectors; v++) _mm512_store_si512(mixed + i * dim + 16 * v, sum[4 * i + v]);
 }
 
 /* Row r, divided by the sum of its weights -> bfloat16 [dim]. */
@@ -142,14 +133,6 @@ INLINE TARGET_512 void put_row(const struct tile_work *w, int64_t r, int64_t dim
         _mm512_storeu_si512(to + d, (__m512i)both);
     }
 }
-
-#define FOR_ROWS_UP_TO_4(count, KERNEL) \
-    switch (count) { \
-    case 1: KERNEL(1); break; \
-    case 2: KERNEL(2); break; \
-    case 3: KERNEL(3); break; \
-    default: KERNEL(4); break; \
-    }
 
 static TARGET_512 void attend_tiles(const struct paged_call *c, const int64_t *task, int64_t kv_head, struct tile_work *w) {
     const int64_t dim = c->dim, group = c->heads / c->kv_heads;

@@ -133,12 +133,9 @@ static TARGET void decode(const struct paged_call *c, const int64_t *task, int64
     const int64_t group = c->heads / c->kv_heads;
     for (int64_t r = 0; r < group; r += FEW_ROWS) {
         const int64_t head = kv_head * group + r;
-        switch (group - r) {
-        case 1: attend_few(c, task, kv_head, head, 1); break;
-        case 2: attend_few(c, task, kv_head, head, 2); break;
-        case 3: attend_few(c, task, kv_head, head, 3); break;
-        default: attend_few(c, task, kv_head, head, 4); break;
-        }
+#define KERNEL(n) attend_few(c, task, kv_head, head, n)
+        FOR_ROWS_UP_TO_4(group - r, KERNEL)
+#undef KERNEL
     }
 }
 

@@ -8,8 +8,8 @@
 #define PANEL 16
 #define PANEL_TARGET TARGET
 #endif
-#define READ_AHEAD_ROWS 6
-#define CHUNK_ROWS 264 /* rows of x that go over the weights together: they stay in the cache meanwhile */
+#define CHUNK_ROWS 264    /* rows of x that go over the weights together: they stay in the cache meanwhile */
+#define READ_AHEAD_ROWS 6 /* of x from which weights are asked for ahead of need: fewer wait for memory all the time */
 
 /* x [rows, in] and y [rows, out]; a kind of 0 is float32, 1 is bfloat16. Strides are in elements. */
 struct matmul_call {
@@ -105,16 +105,5 @@ static inline PANEL_TARGET int matmul(const struct matmul_call *c, const struct 
     }
     return !has_memory;
 }
-
-/* Runs KERNEL(rows) for the number of rows left, a constant in each case, so that its loops unroll. */
-#define FOR_ROWS_UP_TO_6(left, KERNEL) \
-    switch (left) { \
-    case 1: KERNEL(1); break; \
-    case 2: KERNEL(2); break; \
-    case 3: KERNEL(3); break; \
-    case 4: KERNEL(4); break; \
-    case 5: KERNEL(5); break; \
-    default: KERNEL(6); break; \
-    }
 
 #endif

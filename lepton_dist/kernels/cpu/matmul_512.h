@@ -12,16 +12,9 @@
 #include "matmul.h"
 #include "vector_512.h"
 
-#define ROWS 12   /* 12 x 2 sums, two vectors of weights, a factor */
 #define DEPTH 512 /* k of x that share a scale; 512 x 32 bytes of weights stay in the first cache */
 
 INLINE int64_t up_to(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
-
-/* Ask for 128 bytes of memory, as many as a step over a panel reads, to the second cache. */
-INLINE void read_ahead(const char *at) {
-    __builtin_prefetch(at, 0, 2);
-    __builtin_prefetch(at + 64, 0, 2);
-}
 
 /* How a block of rounded rows lies: bytes [padded in / 4][count][4], scales [depths][count], and sums of the rounded values
    times `excess` [depths * DEPTH / share][count]: what the products with unsigned weights are too large by. */
@@ -75,25 +68,6 @@ INLINE TARGET_512 void round_to_bytes(
         }
 }
 
-/* x [quads][rows][4] times weights [quads][32][4], less the excess [rows] -> sums [rows][2 vectors]. */
-INLINE TARGET_512 void multiply_bytes(
-    const int32_t *x, const void *weights, int64_t quads, const int32_t *excess, int rows, __m512i *sum, const char *ahead
-) {
-    __m512i held[2 * ROWS]; /* not `sum`: what has an address is stored again and again */
-    UNROLL for (int i = 0; i < 2 * rows; i++) held[i] = _mm512_set1_epi32(-excess[i / 2]);
-    for (int64_t q = 0; q < quads; q++) {
-        read_ahead(ahead + q * 128);
-        const __m512i *at = (const __m512i *)weights + 2 * q;
-        const __m512i low = _mm512_loadu_si512(at), top = _mm512_loadu_si512(at + 1);
-        UNROLL for (int r = 0; r < rows; r++) {
-            const __m512i factor = _mm512_set1_epi32(x[q * rows + r]);
-            held[2 * r] = add_products(held[2 * r], low, factor);
-            held[2 * r + 1] = add_products(held[2 * r + 1], top, factor);
-        }
-    }
-    UNROLL for (int i = 0; i < 2 * rows; i++) sum[i] = held[i];
-}
-
 /* DEPTH of x, rounded to bytes, times that of bytes of weights with a scale a feature [32]: added to values [count][32], or
    put there when it is the first. */
 INLINE TARGET_512 void multiply_depth(
@@ -101,31 +75,16 @@ INLINE TARGET_512 void multiply_depth(
     const char *ahead, int rows
 ) {
     const int64_t depth = l->padded - k < DEPTH ? l->padded - k : DEPTH, number = k / DEPTH;
-    __m512i sum[2 * ROWS];
-    multiply_bytes((const int32_t *)block + k / 4 * rows, weights, depth / 4, byte_excess(l, block, rows) + number * rows, rows, sum, ahead);
+    const int32_t *x = (const int32_t *)block + k / 4 * rows, *excess = byte_excess(l, block, rows) + number * rows;
     const float *row_scales = byte_scales(l, block, rows) + number * rows;
+    __m512i sum[2 * MOST_ROWS];
+    UNROLL for (int i = 0; i < 2 * rows; i++) sum[i] = _mm512_set1_epi32(-excess[i / 2]);
+    multiply_rows_of_words(x, rows, 1, weights, depth / 4, rows, BYTES, ahead, sum);
     UNROLL for (int i = 0; i < 2 * rows; i++) {
         const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(row_scales[i / 2]), _mm512_loadu_ps(scales + i % 2 * 16));
         const __m512 before = k == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(values + i * 16);
         _mm512_storeu_ps(values + i * 16, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i]), scale, before));
     }
 }
-
-/* Runs KERNEL(rows) for a number of rows, a constant in each case, so that its loops unroll. */
-#define FOR_ROWS_UP_TO_12(count, KERNEL) \
-    switch (count) { \
-    case 1: KERNEL(1); break; \
-    case 2: KERNEL(2); break; \
-    case 3: KERNEL(3); break; \
-    case 4: KERNEL(4); break; \
-    case 5: KERNEL(5); break; \
-    case 6: KERNEL(6); break; \
-    case 7: KERNEL(7); break; \
-    case 8: KERNEL(8); break; \
-    case 9: KERNEL(9); break; \
-    case 10: KERNEL(10); break; \
-    case 11: KERNEL(11); break; \
-    default: KERNEL(12); break; \
-    }
 
 #endif

@@ -10,20 +10,14 @@
 #define PAIR_DEPTH 512 /* k at a time: 512 x 32 weights stay in the second cache */
 
 /* x [pairs][rows][2] times a panel [pairs][32][2], added to values [rows][32], or put there when it is the first. */
-INLINE TARGET_512 void multiply(const int32_t *x, const uint16_t *panel, int64_t pairs, int is_first, int rows, float *values, const char *ahead) {
-    __m512 sum[2 * ROWS];
-    UNROLL for (int i = 0; i < 2 * rows; i++) sum[i] = is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(values + i * 16);
-    for (int64_t p = 0; p < pairs; p++) {
-        read_ahead(ahead + p * 128);
-        const __m512i *at = (const __m512i *)panel + 2 * p;
-        const __m512i low = _mm512_loadu_si512(at), top = _mm512_loadu_si512(at + 1);
-        UNROLL for (int r = 0; r < rows; r++) {
-            const __m512i factor = _mm512_set1_epi32(x[p * rows + r]);
-            sum[2 * r] = add_products_bf16(sum[2 * r], low, factor);
-            sum[2 * r + 1] = add_products_bf16(sum[2 * r + 1], top, factor);
-        }
-    }
-    UNROLL for (int i = 0; i < 2 * rows; i++) _mm512_storeu_ps(values + i * 16, sum[i]);
+INLINE TARGET_512 void multiply(
+    const int32_t *x, const uint16_t *panel, int64_t pairs, int is_first, int rows, float *values, const char *ahead
+) {
+    __m512i sum[2 * MOST_ROWS];
+    UNROLL for (int i = 0; i < 2 * rows; i++)
+        sum[i] = is_first ? _mm512_setzero_si512() : (__m512i)_mm512_loadu_ps(values + i * 16);
+    multiply_rows_of_words(x, rows, 1, panel, pairs, rows, HALVES, ahead, sum);
+    UNROLL for (int i = 0; i < 2 * rows; i++) _mm512_storeu_ps(values + i * 16, (__m512)sum[i]);
 }
 
 static TARGET_512 void multiply_rows(
@@ -55,7 +49,7 @@ int lepton_matmul_bf16_512(const struct matmul_call *c) {
     return matmul(
         c,
         &(struct matmul_kind){
-            .rows = ROWS,
+            .rows = MOST_ROWS,
             .row_bytes = up_to(c->in, 2) * 2,
             .panel_bytes = up_to(c->in, 2) * PANEL * 2,
             .depth = PAIR_DEPTH,

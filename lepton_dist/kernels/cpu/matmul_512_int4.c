@@ -18,10 +18,12 @@ INLINE TARGET_512 __m512 load_scales(const uint8_t *group, int64_t size, int hal
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(group + size / 2 * PANEL) + half));
 }
 
-INLINE struct bytes_layout layout_of(const struct matmul_call *c, int is_expanded) {
-    return (struct bytes_layout){
-        .padded = up_to(c->in, c->group), .share = is_expanded ? DEPTH : c->group, .excess = is_expanded ? 128 : 8
-    };
+INLINE int has_many_rows(const struct matmul_call *c) { return c->rows >= 12 + c->group / 4; } /* as measured */
+
+INLINE struct bytes_layout layout_of(const struct matmul_call *c) {
+    const int64_t padded = up_to(c->in, c->group);
+    return has_many_rows(c) ? (struct bytes_layout){.padded = padded, .share = DEPTH, .excess = 128}
+                            : (struct bytes_layout){.padded = padded, .share = c->group, .excess = 8};
 }
 
 /* DEPTH of x, rounded to bytes, times that of a panel, added to values [rows][32], or put there when it is the first. */
@@ -32,10 +34,10 @@ INLINE TARGET_512 void multiply(
     const int32_t *x = (const int32_t *)block + k / 4 * rows, *excess = byte_excess(l, block, rows) + k / size * rows;
     const float *row_scales = byte_scales(l, block, rows) + k / DEPTH * rows;
     const __m512i nibble = _mm512_set1_epi8(15);
-    __m512 total[2 * ROWS];
+    __m512 total[2 * MOST_ROWS];
     UNROLL for (int i = 0; i < 2 * rows; i++) total[i] = _mm512_setzero_ps();
     for (int64_t g = 0; g < depth / size; g++, panel += group_bytes(size), excess += rows) {
-        __m512i sum[2 * ROWS];
+        __m512i sum[2 * MOST_ROWS];
         UNROLL for (int r = 0; r < rows; r++) sum[2 * r] = sum[2 * r + 1] = _mm512_set1_epi32(-excess[r]);
         for (int64_t q = 0; q < size / 8; q++, x += 2 * rows, ahead += 128) {
             read_ahead(ahead);
@@ -67,17 +69,12 @@ static TARGET_512 void multiply_few_rows(
     float *values, const char *ahead
 ) {
 
-    const struct bytes_layout layout = layout_of(c, 0);
+    const struct bytes_layout layout = layout_of(c);
     const uint8_t *weights = (const uint8_t *)panel + k / c->group * group_bytes(c->group);
     (void)number;
 #define KERNEL(n) multiply(&layout, block, weights, k, values, ahead, n)
     FOR_ROWS_UP_TO_12(count, KERNEL)
 #undef KERNEL
-}
-
-static TARGET_512 void round_few_rows(const struct matmul_call *c, int64_t from, int64_t count, void *block) {
-    const struct bytes_layout layout = layout_of(c, 0);
-    round_to_bytes(c, &layout, from, count, block);
 }
 
 /* DEPTH of `in` of a panel as bytes [quads][32][4], each a weight plus 128, in steps of a scale a feature. */
@@ -129,7 +126,7 @@ static TARGET_512 void multiply_many_rows(
     float *values, const char *ahead
 ) {
 
-    const struct bytes_layout layout = layout_of(c, 1);
+    const struct bytes_layout layout = layout_of(c);
     const struct expanded *expanded = panel;
     (void)number;
 #define KERNEL(n) multiply_depth(&layout, block, expanded->weights, k, expanded->scales, values, ahead, n)
@@ -137,25 +134,25 @@ static TARGET_512 void multiply_many_rows(
 #undef KERNEL
 }
 
-static TARGET_512 void round_many_rows(const struct matmul_call *c, int64_t from, int64_t count, void *block) {
-    const struct bytes_layout layout = layout_of(c, 1);
+static TARGET_512 void round_rows(const struct matmul_call *c, int64_t from, int64_t count, void *block) {
+    const struct bytes_layout layout = layout_of(c);
     round_to_bytes(c, &layout, from, count, block);
 }
 
 /* 0, or 1 when there is no memory. */
 int lepton_matmul_int4_512(const struct matmul_call *c) {
-    const int is_expanded = c->rows >= 12 + c->group / 4; /* where it was measured to pay */
-    const struct bytes_layout layout = layout_of(c, is_expanded);
+    const int is_expanded = has_many_rows(c);
+    const struct bytes_layout layout = layout_of(c);
     return matmul(
         c,
         &(struct matmul_kind){
-            .rows = ROWS,
+            .rows = MOST_ROWS,
             .row_bytes = byte_row_bytes(&layout),
             .panel_bytes = layout.padded / c->group * group_bytes(c->group),
             .depth = DEPTH,
             .expanded_bytes = sizeof(struct expanded),
             .expand = is_expanded ? expand : NULL,
-            .lay_out = is_expanded ? round_many_rows : round_few_rows,
+            .lay_out = round_rows,
             .multiply = is_expanded ? multiply_many_rows : multiply_few_rows,
         }
     );

@@ -33,7 +33,7 @@ int lepton_matmul_int8_512(const struct matmul_call *c) {
     return matmul(
         c,
         &(struct matmul_kind){
-            .rows = ROWS,
+            .rows = MOST_ROWS,
             .row_bytes = byte_row_bytes(&layout),
             .panel_bytes = layout.padded * PANEL,
             .depth = DEPTH,

@@ -84,12 +84,9 @@ static TARGET void multiply_few_rows(
 ) {
     (void)ahead;
     (void)number, (void)k;
-    switch (count) {
-    case 1: multiply_few(c, block, panel, values, 1); break;
-    case 2: multiply_few(c, block, panel, values, 2); break;
-    case 3: multiply_few(c, block, panel, values, 3); break;
-    default: multiply_few(c, block, panel, values, 4); break;
-    }
+#define KERNEL(n) multiply_few(c, block, panel, values, n)
+    FOR_ROWS_UP_TO_4(count, KERNEL)
+#undef KERNEL
 }
 
 /* `count` values from index `at` of an array of the kind; what lies behind `length` is zero. */

@@ -10,8 +10,6 @@
 #include "attention_512.h"
 #endif
 
-#define MAX_ROWS 32 /* query tokens x query heads of a task */
-
 /* A task's rows, two at a time; an odd one has zeros beside it. All but the weights are [..][dim], one row directly
    behind the other: rows a power of two apart would push each other out of the cache. */
 struct rows {

@@ -24,6 +24,27 @@
 #define TARGET_512 \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,prefer-vector-width=512")))
 
+/* KERNEL(count) with a constant, so that its loops unroll; a larger count than the last takes the last. */
+#define ROWS_1_TO_3(KERNEL) \
+    case 1: KERNEL(1); break; \
+    case 2: KERNEL(2); break; \
+    case 3: KERNEL(3); break;
+#define ROWS_4_AND_5(KERNEL) \
+    case 4: KERNEL(4); break; \
+    case 5: KERNEL(5); break;
+#define ROWS_6_TO_11(KERNEL) \
+    case 6: KERNEL(6); break; \
+    case 7: KERNEL(7); break; \
+    case 8: KERNEL(8); break; \
+    case 9: KERNEL(9); break; \
+    case 10: KERNEL(10); break; \
+    case 11: KERNEL(11); break;
+#define FOR_ROWS_UP_TO_4(count, KERNEL) switch (count) { ROWS_1_TO_3(KERNEL) default: KERNEL(4); break; }
+#define FOR_ROWS_UP_TO_6(count, KERNEL) \
+    switch (count) { ROWS_1_TO_3(KERNEL) ROWS_4_AND_5(KERNEL) default: KERNEL(6); break; }
+#define FOR_ROWS_UP_TO_12(count, KERNEL) \
+    switch (count) { ROWS_1_TO_3(KERNEL) ROWS_4_AND_5(KERNEL) ROWS_6_TO_11(KERNEL) default: KERNEL(12); break; }
+
 enum vector_level { NO_VECTORS, AVX2, AVX512 };
 
 enum vector_level lepton_vector_level(void);

@@ -1,4 +1,4 @@
-/* What the kernels for AVX-512 share: loads of either float format, dot products, and e^x. */
+/* What the kernels for AVX-512 share: loads of either float format, rows of dot products, and e^x. */
 #ifndef LEPTON_VECTOR_512_H
 #define LEPTON_VECTOR_512_H
 
@@ -18,10 +18,43 @@ INLINE TARGET_512 __m512i add_products(__m512i sum, __m512i weights, __m512i x) 
     return sum;
 }
 
-/* sum + two products of bfloat16 a lane, likewise. */
-INLINE TARGET_512 __m512 add_products_bf16(__m512 sum, __m512i a, __m512i b) {
+/* float sum + two products of bfloat16 a lane, likewise. The sum goes as __m512i: between the two types every sum is copied. */
+INLINE TARGET_512 __m512i add_products_bf16(__m512i sum, __m512i a, __m512i b) {
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
+}
+
+/* Ask for 128 bytes of memory, as many as a step over a panel reads, to the second cache. */
+INLINE void read_ahead(const char *at) {
+    __builtin_prefetch(at, 0, 2);
+    __builtin_prefetch(at + 64, 0, 2);
+}
+
+#define MOST_ROWS 12 /* whose 2 sums each stay in registers, with two vectors of weights and a factor */
+
+enum word { BYTES, HALVES }; /* four bytes, or two bfloat16 */
+
+/* Words of rows of x, `step` apart along k and `row` apart from row to row, times weights [count][2 vectors]: added to sums
+   [rows][2 vectors], of whole numbers or, for bfloat16, of floats. `ahead` is what to ask for meanwhile, or NULL. All but
+   the numbers of words are constants where this is called. */
+INLINE TARGET_512 void multiply_rows_of_words(
+    const int32_t *x, int64_t step, int64_t row, const void *weights, int64_t count, const int rows, const enum word word,
+    const char *ahead, __m512i *sum
+) {
+    __m512i held[2 * MOST_ROWS]; /* not `sum`: what has an address is stored again and again */
+    UNROLL for (int i = 0; i < 2 * rows; i++) held[i] = sum[i];
+    for (int64_t k = 0; k < count; k++) {
+        if (ahead != NULL) read_ahead(ahead + k * 128);
+        const __m512i *at = (const __m512i *)weights + 2 * k;
+        const __m512i vectors[2] = {_mm512_loadu_si512(at), _mm512_loadu_si512(at + 1)};
+        UNROLL for (int r = 0; r < rows; r++) {
+            const __m512i factor = _mm512_set1_epi32(x[k * step + r * row]);
+            UNROLL for (int i = 2 * r; i < 2 * r + 2; i++)
+                held[i] = word == BYTES ? add_products(held[i], vectors[i % 2], factor)
+                                        : add_products_bf16(held[i], vectors[i % 2], factor);
+        }
+    }
+    UNROLL for (int i = 0; i < 2 * rows; i++) sum[i] = held[i];
 }
 
 /* e^x to 2 units in the last place (Cephes' expf); below -100 that of -100. */

@@ -64,7 +64,7 @@ def test_bfloat16_panels_equal_double_precision(
     assert y.dtype == dtype and y.shape == (shape[0], shape[2])
     # float32 sums of up to 1,200 products; AVX-512 takes x in bfloat16, and a bfloat16 result is rounded to 8 bits.
     taken = x.bfloat16() if level == VectorLevel.AVX512 else x
-    assert error(y, taken.double() @ weight.double().T) < (2e-6 if dtype == torch.float32 else 4e-3)
+    assert error(y, taken.double() @ weight.double().T) < (1e-6 if dtype == torch.float32 else 4e-3)
 
 
 @at_each_level
@@ -72,7 +72,9 @@ def test_bfloat16_panels_equal_double_precision(
 @settings(max_examples=60, deadline=None)
 @given(shape=sizes)
 def test_rounded_panels_equal_the_reference(kind: str, level: VectorLevel, shape: tuple[int, int, int]) -> None:
-    x, weight = case(min(shape[0], 12), *shape[1:])
+    x, weight = case(*shape)
+    if kind in INT4 and level == VectorLevel.AVX512:
+        x = x[:19]  # more are multiplied with expanded panels
     dense = RoundedWeight(weight, kind).dense(torch.float64)
     y = PanelWeight(weight, kind, level).matmul(x)
     worst = worst_of_rounding(x, dense, *rounded_x(kind, level))
@@ -82,7 +84,7 @@ def test_rounded_panels_equal_the_reference(kind: str, level: VectorLevel, shape
 @at_each_level
 @pytest.mark.parametrize("kind", INT4)
 @settings(max_examples=60, deadline=None)
-@given(shape=st.tuples(st.integers(44, 60), st.integers(1, 1200), st.integers(1, 70)))
+@given(shape=st.tuples(st.integers(33, 60), st.integers(1, 1200), st.integers(1, 70)))
 def test_expanded_panels_equal_the_reference(kind: str, level: VectorLevel, shape: tuple[int, int, int]) -> None:
     x, weight = case(*shape)
     weight[:, : shape[1] // 2] *= 30  # scales of one row that lie far apart
@@ -113,7 +115,6 @@ def test_sums_of_expanded_panels_do_not_overflow(kind: str, level: VectorLevel) 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_more_rows_than_fit_a_chunk(kind: str, level: VectorLevel, threads: int) -> None:
     x, weight = case(601, 96, 40)
-    x = x.bfloat16().float()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -132,11 +133,25 @@ def test_more_rows_than_fit_a_chunk(kind: str, level: VectorLevel, threads: int)
 @pytest.mark.parametrize(("kind", "most"), [("int8", 0.012), ("int4", 0.12)])
 def test_rounding_costs_what_its_bits_cost(kind: str, most: float) -> None:
     x, weight = case(64, 256, 128)
-    x = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))  # large channels cost more where x has 8 bits
     exact = x.double() @ weight.double().T
-    for form in (make_weight(weight, kind), RoundedWeight(weight, kind)):
+    forms = [RoundedWeight(weight, kind)]
+    if vector_level() != VectorLevel.AVX512:
+        forms.append(make_weight(weight, kind))
+    for form in forms:
         # Uniform rounding errors of the weights: 1/127 or 1/8 of the largest of a row or group, over sqrt(12).
         assert most / 4 < error(form.matmul(x), exact) < most
+
+
+@at_each_level
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.012), ("int4", 0.12)])
+def test_activations_in_8_bits_cost_little_but_where_some_are_large(kind: str, most: float, level: VectorLevel) -> None:
+    large, weight = case(64, 256, 128)
+    even = torch.randn(large.shape, generator=torch.Generator().manual_seed(1))
+    form = PanelWeight(weight, kind, level)
+    assert most / 4 < error(form.matmul(even), even.double() @ weight.double().T) < most
+    # Of 512 values that share a scale one in 50 is 20 times as large: half a step is 0.2 of the others.
+    most_of_large = max(most, 0.026) if level == VectorLevel.AVX512 else most
+    assert error(form.matmul(large), large.double() @ weight.double().T) < most_of_large
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
