@@ -9,6 +9,7 @@ import argparse
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -17,10 +18,13 @@ import torch
 from lepton_dist.bench.gpu_model import BLOCK_TOKENS, RandomModel
 from lepton_dist.bench.gpu_peer import transformers_rate
 from lepton_dist.bench.workload import make_requests, offline_lengths
+from lepton_dist.engine.batch import RunBatch
 from lepton_dist.engine.engine import Engine, Scanner
+from lepton_dist.engine.runner import BegunStep
 from lepton_dist.errors import LeptonError
 from lepton_dist.plan.plan import EngineLimits
 from lepton_dist.runtime.skeleton import decode_batch, prefill_batch
+from lepton_dist.text.completion import RequestOutput
 
 _WARM_UPS, _REPEATS = 3, 20
 _OFFLINE_REQUESTS, _OFFLINE_SEQUENCES, _OFFLINE_TOKENS = 256, 64, 2048
@@ -69,7 +73,7 @@ def decode(shape: str, device: str, batch: int, context: int) -> Measured:
     blocks = batch * -(-context // BLOCK_TOKENS)
     model = RandomModel.build(shape, device, num_blocks=blocks, most_sequences=batch, context=context)
     step = decode_batch(batch, context)
-    seconds = median_s(lambda: model.step(step), device)
+    seconds = median_s(lambda: model.begin(step).result(), device)
     moved = 2 * model.matmul_weights + batch * context * model.token_bytes
     rate = moved / seconds
     how = f"without graphs: {model.notice}" if model.notice else "captured"
@@ -86,7 +90,7 @@ def prefill(shape: str, device: str, tokens: int) -> Measured:
     blocks = -(-tokens // BLOCK_TOKENS)
     model = RandomModel.build(shape, device, num_blocks=blocks, most_sequences=1, context=tokens)
     step = prefill_batch(tokens)
-    seconds = median_s(lambda: model.step(step), device, repeats=5)
+    seconds = median_s(lambda: model.begin(step).result(), device, repeats=5)
     sizes = model.config.shape
     attention = 2 * tokens * (tokens + 1) * sizes.num_heads * sizes.head_dim * sizes.num_layers
     # The head is computed for the last token only.
@@ -98,6 +102,20 @@ def prefill(shape: str, device: str, tokens: int) -> Measured:
     )
 
 
+def run_to_the_end(engine: Engine, begin: Callable[[RunBatch], BegunStep]) -> dict[str, RequestOutput]:
+    """Every step that the engine asks for, as many in flight as it has room for; the outputs by request."""
+    begun: deque[BegunStep] = deque()
+    outputs: dict[str, RequestOutput] = {}
+    while True:
+        batch = engine.next_batch() if engine.has_room else None
+        if batch is not None:
+            begun.append(begin(batch))
+        elif begun:
+            outputs.update(engine.apply(begun.popleft().result()))
+        else:
+            return outputs
+
+
 def ours_per_s(shape: str, device: str, requests: int) -> float:
     """Tokens/s of output of an offline batch: the engine and its scheduler, in one process."""
     lengths = offline_lengths(requests)
@@ -107,12 +125,11 @@ def ours_per_s(shape: str, device: str, requests: int) -> float:
     model = RandomModel.build(shape, device, num_blocks=blocks, most_sequences=_OFFLINE_SEQUENCES, context=longest)
     seconds = 0.0
     for turn in (0, 1):  # the first warms up
-        engine = Engine(limits, blocks, 1, (), _no_scanner)
+        engine = Engine(limits, blocks, 1, (), _no_scanner, ahead=1)
         for request in make_requests(lengths, model.config.shape.vocab, seed=turn):
             engine.add(request)
         start = time.perf_counter()
-        while (batch := engine.next_batch()) is not None:
-            engine.apply(model.step(batch))
+        run_to_the_end(engine, model.begin)
         seconds = time.perf_counter() - start
         if engine.has_work:
             raise LeptonError("the engine stopped with work left: the KV cache of the offline batch is too small")

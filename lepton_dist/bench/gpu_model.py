@@ -17,7 +17,7 @@ from lepton_dist.comm.transport import Links
 from lepton_dist.engine.batch import RunBatch
 from lepton_dist.engine.decode_graphs import DecodeGraphs, bucket_sizes, graph_problem
 from lepton_dist.engine.kv_cache import KvCache, KvGeometry
-from lepton_dist.engine.runner import StageRunner, StepResult
+from lepton_dist.engine.runner import BegunStep, StageRunner
 from lepton_dist.errors import LeptonError
 from lepton_dist.model.config import ModelConfig
 from lepton_dist.model.held import HeldParameters
@@ -72,12 +72,12 @@ class RandomModel:
         graphs = None if problem else _captured(stage, cache, devices, most_sequences, context, config.shape.hidden)
         return RandomModel(config, StageRunner(stage, cache, devices, graphs), problem)
 
-    def step(self, batch: RunBatch) -> StepResult:
-        """Run one batch to its tokens."""
+    def begin(self, batch: RunBatch) -> BegunStep:
+        """Start one batch."""
         self.runner.expect(batch)
-        result = self.runner.run(batch)
-        assert result is not None  # the only stage is the last
-        return result
+        begun = self.runner.begin(batch)
+        assert begun is not None  # the only stage is the last
+        return begun
 
     @property
     def matmul_weights(self) -> int:

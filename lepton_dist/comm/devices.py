@@ -13,7 +13,10 @@ import torch
 from lepton_dist.comm.gpu_wait import GpuWait
 from lepton_dist.comm.group import Group
 from lepton_dist.comm.patience import Patience
-from lepton_dist.comm.transports.staged import Courier, StagedMessages, StagedTransport
+from lepton_dist.comm.transport import PointToPoint
+from lepton_dist.comm.transports.aware import AwareMessages
+from lepton_dist.comm.transports.courier import Courier
+from lepton_dist.comm.transports.staged import StagedMessages, StagedTransport
 from lepton_dist.plan.devices import Binding, GpuId, Sight, can_use_nccl
 
 MOST_GPUS = 32
@@ -99,7 +102,8 @@ class Devices:
         """Let `group` carry this rank's GPU tensors; returns it. Collective over the group where all have GPUs.
 
         NCCL carries them where every member has a GPU of its own, and pinned host memory where not. Messages go over
-        NCCL only in a group of two that sends one way, `is_one_way`.
+        NCCL only in a group of two that sends one way, `is_one_way`; else over MPI, which takes them from the GPU's
+        memory if it can.
 
         Raises:
             RankLostError: a member did not come before the deadline.
@@ -107,14 +111,19 @@ class Devices:
         if group.size == 1 or self.device.type == "cpu":
             return group
         members = [self.bindings[rank] for rank in group.members]
-        staged = StagedMessages(group, self.courier, self.patience)
+        messages = self._messages(group)
         if not (can_use_nccl(members) and all(self.sights[rank].has_nccl for rank in group.members)):
-            group.serve_gpu(StagedTransport(group, self.patience), staged)
+            group.serve_gpu(StagedTransport(group, self.patience), messages)
             return group
         # Without a GPU nothing of CUDA is imported.
         from lepton_dist.comm.transports.nccl import NcclMessages, NcclTransport, join
 
         link = join(group, self.device, self.patience)
         self.wait.watch([link])
-        group.serve_gpu(NcclTransport(link), NcclMessages(link) if is_one_way else staged)
+        group.serve_gpu(NcclTransport(link), NcclMessages(link) if is_one_way else messages)
         return group
+
+    def _messages(self, group: Group) -> PointToPoint:
+        if group.gpu_messages is None:
+            return StagedMessages(group, self.courier, self.patience)
+        return AwareMessages(group.gpu_messages, group.name, self.courier, self.patience)

@@ -36,7 +36,7 @@ class Group:
         self.rank = rank
         self.size = len(self.members)
         self.notices = links.notices
-        self._messages = links.messages
+        self._messages, self._takes_gpu_tensors = links.messages, links.takes_gpu_tensors
         self._transports = dict(links.transports)
         self._routines: dict[tuple[torch.dtype, torch.Size, str], AllReduceRoutine] = {}
         self._table: Table | None = default_table(self._transports) if self._transports else None
@@ -46,6 +46,11 @@ class Group:
     def serve_gpu(self, transport: Transport, messages: PointToPoint) -> None:
         """Carry this rank's GPU tensors too. Members may differ: what a CPU rank sends, a GPU rank may receive."""
         self._gpu, self._gpu_messages = transport, messages
+
+    @property
+    def gpu_messages(self) -> PointToPoint | None:
+        """What carries messages that lie in GPU memory as they are: CUDA-aware MPI; None where that is not there."""
+        return self._messages if self._takes_gpu_tensors else None
 
     @property
     def gpu_transport(self) -> str | None:

@@ -92,11 +92,15 @@ class PointToPoint(Protocol):
 
 @dataclass(frozen=True)
 class Links:
-    """What connects the members of a group: transports by name, and notices that `doctor` shows."""
+    """What connects the members of a group: transports by name, and notices that `doctor` shows.
+
+    `takes_gpu_tensors` says that its messages may lie in a GPU's memory.
+    """
 
     transports: Mapping[str, Transport] = field(default_factory=dict)
     messages: PointToPoint | None = None
     notices: tuple[str, ...] = ()
+    takes_gpu_tensors: bool = False
 
 
 class Post(Protocol):

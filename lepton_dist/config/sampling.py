@@ -104,6 +104,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return cls(**checked_fields(fields))
 
     @property
+    def has_penalties(self) -> bool:
+        """Whether what was written before counts against a token."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature == 0.0

@@ -9,7 +9,6 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from lepton_dist.engine.request import Sequence
 from lepton_dist.engine.scheduler import Chunk
 from lepton_dist.kernels.noise import noise_key
 
@@ -35,8 +34,9 @@ class SampleRows(msgspec.Struct, array_like=True):
 class RunBatch(msgspec.Struct, tag=True):
     """The command of one step: what every stage of a replica needs to know of a batch.
 
-    tokens int32 [tokens]; spans int32 [sequences, 5]; block_tables int32, one behind the other; prompt_rows int32
-    [p, 3]: row, the token that follows it in the prompt, and how many of the likeliest to report.
+    tokens int32 [tokens], where -1 - r is what the step before drew as its row r; spans int32 [sequences, 5];
+    block_tables int32, one behind the other; prompt_rows int32 [p, 3]: row, the token that follows it in the prompt,
+    and how many of the likeliest to report.
     """
 
     step: int
@@ -68,19 +68,20 @@ def make_batch(step: int, chunks: Seq[Chunk]) -> RunBatch:
     spans, tokens, tables = [], [], []
     row = 0
     rows: list[int] = []
-    sampled: list[Sequence] = []
+    sampled: list[Chunk] = []
     prompt_rows: list[tuple[int, int, int]] = []
     for chunk in chunks:
         sequence, end = chunk.sequence, chunk.start + chunk.count
         spans.append((row, chunk.count, end, len(sequence.block_table), int(sequence.is_long)))
-        tokens.append(sequence.tokens[chunk.start : end])
+        is_known = chunk.start < len(sequence.tokens)
+        tokens.append(sequence.tokens[chunk.start : end] if is_known else [-1 - sequence.last_row])
         tables.append(sequence.block_table)
         asked = sequence.request.sampling.prompt_logprobs or 0
         prompt_rows.extend((row + p - chunk.start, sequence.tokens[p + 1], asked) for p in chunk.scored_positions)
         row += chunk.count
         if chunk.samples:
             rows.append(row - 1)
-            sampled.append(sequence)
+            sampled.append(chunk)
     return RunBatch(
         step=step,
         tokens=_flat(tokens),
@@ -95,18 +96,18 @@ def _flat(lists: Seq[list[int]]) -> bytes:
     return np.fromiter(itertools.chain.from_iterable(lists), dtype=np.int32).tobytes()
 
 
-def _sample_rows(rows: list[int], sequences: list[Sequence]) -> SampleRows:
+def _sample_rows(rows: list[int], chunks: list[Chunk]) -> SampleRows:
     settings, counts, keys, history = [], [], [], []
-    for sequence in sequences:
-        sampling = sequence.request.sampling
+    for chunk in chunks:
+        sequence, sampling = chunk.sequence, chunk.sequence.request.sampling
         penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
         settings.append((sampling.temperature, sampling.top_p, sampling.min_p, *penalties))
-        has_penalty = penalties != (1.0, 0.0, 0.0)
-        lengths = (sequence.prompt_length, len(sequence.tokens) - sequence.prompt_length) if has_penalty else (0, 0)
+        output = len(sequence.tokens) - sequence.prompt_length
+        lengths = (sequence.prompt_length, output) if sampling.has_penalties else (0, 0)
         counts.append((max(sampling.top_k, 0), -1 if sampling.logprobs is None else sampling.logprobs, *lengths))
         is_greedy = sampling.temperature == 0
-        keys.append((0, 0) if is_greedy else noise_key(sampling.seed or 0, sequence.sample, len(sequence.tokens)))
-        if has_penalty:
+        keys.append((0, 0) if is_greedy else noise_key(sampling.seed or 0, sequence.sample, chunk.start + chunk.count))
+        if sampling.has_penalties:
             history.append(sequence.tokens)
     return SampleRows(
         rows=np.array(rows, dtype=np.int32).tobytes(),

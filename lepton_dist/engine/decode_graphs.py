@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from lepton_dist.comm.devices import Devices
-from lepton_dist.engine.batch import Int32, RunBatch, read_int32, read_spans
+from lepton_dist.engine.batch import Int32, RunBatch, read_spans
 from lepton_dist.engine.kv_cache import KvCache, Layout
 from lepton_dist.kernels.attention import PagedBatch
 from lepton_dist.kernels.cuda.library import triton_problem
@@ -24,8 +24,8 @@ from lepton_dist.kernels.upload import upload
 from lepton_dist.parallel.stage import ParallelStage
 
 _WARM_UPS = 2  # runs before a capture, in which libraries make their workspaces and kernels are compiled
-# Rows of the static fields: token, position, slot, length, whether it is a long context.
-_TOKEN, _POSITION, _SLOT, _LENGTH, _IS_LONG, _FIELDS = 0, 1, 2, 3, 4, 5
+# Rows of the static fields: position, slot, length, whether it is a long context.
+_POSITION, _SLOT, _LENGTH, _IS_LONG, _FIELDS = 0, 1, 2, 3, 4
 
 
 def bucket_sizes(most: int) -> list[int]:
@@ -58,7 +58,6 @@ def pack_fields(batch: RunBatch, layout: Layout, size: int, spare_slot: int) -> 
     count = len(spans)
     fields = np.zeros((_FIELDS, size), dtype=np.int32)
     fields[_SLOT] = spare_slot
-    fields[_TOKEN, :count] = read_int32(batch.tokens)
     fields[_POSITION, :count] = layout.positions
     fields[_SLOT, :count] = layout.slots
     fields[_LENGTH, :count] = layout.spans[:, 2]
@@ -84,6 +83,7 @@ class DecodeGraphs:
         # Made outside of inference mode, so that steps inside of it may fill them.
         with torch.inference_mode(False):
             self._fields = torch.zeros((_FIELDS, most), dtype=torch.int32, device=self._device)
+            self._tokens = torch.zeros(most, dtype=torch.int64, device=self._device)
             self._tables = torch.zeros((most, max_blocks), dtype=torch.int32, device=self._device)
             self._hidden = torch.zeros((most, hidden_size), dtype=torch.float32, device=self._device)
             self._fields[_SLOT] = cache.spare_slot
@@ -116,8 +116,12 @@ class DecodeGraphs:
             and int(spans[:, 3].max()) <= self._tables.shape[1]
         )
 
-    def run(self, batch: RunBatch, layout: Layout, received: torch.Tensor | None) -> torch.Tensor:
+    def run(
+        self, batch: RunBatch, layout: Layout, tokens: torch.Tensor | None, received: torch.Tensor | None
+    ) -> torch.Tensor:
         """Replay the step of a batch that `can_run`: what the layers give, float32 [tokens, hidden].
+
+        It begins with `tokens` int64 [tokens] on the first stage, with what was `received` on the others.
 
         On the last stage it lies in static memory: read it, on the current stream, before the next step. The others
         send it, perhaps from another stream, and get a copy.
@@ -127,6 +131,8 @@ class DecodeGraphs:
         fields = upload(pack_fields(batch, layout, size, self._cache.spare_slot), self._device)
         self._fields[:, :size].copy_(fields)
         self._tables[:count, :width].copy_(upload(layout.tables.astype(np.int32), self._device))
+        if tokens is not None:
+            self._tokens[:count].copy_(tokens)
         if received is not None:
             self._hidden[:count].copy_(received)
         graph, output = self._graphs[size]
@@ -140,7 +146,7 @@ class DecodeGraphs:
         positions = fields[_POSITION].long()
         batch = PagedBatch.of_decodes(fields[_SLOT], self._tables[:size], fields[_LENGTH])
         if self._stage.seat.is_first:
-            hidden = decoder.embed(fields[_TOKEN].long(), positions)
+            hidden = decoder.embed(self._tokens[:size], positions)
         else:
             hidden = self._hidden[:size].clone()
         has_long = decoder.rope is not None and decoder.rope.has_long

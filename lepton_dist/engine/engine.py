@@ -38,7 +38,10 @@ class _Progress:
 
 
 class Engine:
-    """One replica's scheduler and the state of its requests."""
+    """One replica's scheduler and the state of its requests.
+
+    Batches in flight: one a stage, and `ahead` more, for a stage that draws a token and goes on with it by itself.
+    """
 
     def __init__(
         self,
@@ -48,6 +51,7 @@ class Engine:
         eos_token_ids: tuple[int, ...],
         make_scanner: Callable[[tuple[str, ...]], Scanner],
         long_after: int | None = None,
+        ahead: int = 0,
     ) -> None:
         blocks = KvBlocks(num_blocks, limits.block_tokens, has_prefix_cache=limits.prefix_cache)
         self.scheduler = Scheduler(
@@ -55,7 +59,9 @@ class Engine:
             max_batch_tokens=limits.max_batch_tokens,
             max_sequences=limits.max_sequences,
             num_stages=num_stages,
+            ahead=ahead,
         )
+        self._most_in_flight = num_stages + ahead
         self._eos = frozenset(eos_token_ids)
         self._make_scanner, self._long_after = make_scanner, long_after
         self._progress: dict[str, _Progress] = {}
@@ -73,6 +79,11 @@ class Engine:
     def num_in_flight(self) -> int:
         """Batches whose result has not come back."""
         return len(self._in_flight)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more batch may be in flight."""
+        return len(self._in_flight) < self._most_in_flight
 
     def add(self, request: Request) -> None:
         """Queue a request; it must fit the cache."""
@@ -111,7 +122,7 @@ class Engine:
         return count_work(self._in_flight[step])
 
     def next_batch(self) -> RunBatch | None:
-        """The next step's command, or None when nothing can run until a result comes back."""
+        """The next step's command, or None when nothing can run until a result comes back. Ask while it `has_room`."""
         chunks = self.scheduler.schedule()
         if not chunks:
             return None
@@ -123,6 +134,8 @@ class Engine:
                     self._begun.append(key)
         batch = make_batch(self._num_steps, chunks)
         self._in_flight[self._num_steps] = chunks
+        for row, chunk in enumerate(chunk for chunk in chunks if chunk.samples):
+            chunk.sequence.last_row = row
         self._num_steps += 1
         return batch
 
@@ -134,6 +147,8 @@ class Engine:
         finished = []
         sampled = [chunk.sequence for chunk in chunks if chunk.samples]
         for row, (sequence, token) in enumerate(zip(sampled, read_int32(result.tokens).tolist(), strict=True)):
+            if sequence.is_done:  # it ended with the token before, while this one was on its way
+                continue
             sequence.tokens.append(token)
             if row in result.logprobs:
                 sequence.logprobs.append(result.logprobs[row])

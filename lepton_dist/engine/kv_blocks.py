@@ -69,7 +69,7 @@ class KvBlocks:
         """Offer the sequence's full blocks for reuse. Stages run batches in order, so being scheduled is enough."""
         if not self._has_prefix_cache:
             return
-        full = sequence.num_computed // self.block_tokens
+        full = min(sequence.num_computed, len(sequence.tokens)) // self.block_tokens  # a pending token has no hash yet
         keys = self._extend_keys(sequence, full)
         for block, key in zip(sequence.block_table[:full], keys, strict=False):
             if self._key_of[block] is None and key not in self._block_of:

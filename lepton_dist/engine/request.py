@@ -26,8 +26,9 @@ class Request(msgspec.Struct, frozen=True):
 class Sequence:
     """One sample of a request on its way through the engine.
 
-    `tokens` are the prompt and what was generated; the first `num_computed` of them have (or, in flight, will have)
-    their keys and values in the cache, in the blocks of `block_table`.
+    `tokens` are the prompt and what was generated, as far as it is known here; `num_pending` more are being drawn by
+    steps in flight, the last of them as row `last_row` of its step. The first `num_computed` of them all have (or, in
+    flight, will have) their keys and values in the cache, in the blocks of `block_table`.
     """
 
     request: Request
@@ -38,7 +39,9 @@ class Sequence:
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
-    is_in_flight: bool = False
+    num_pending: int = 0
+    last_row: int = 0
+    is_done: bool = False
     logprobs: list[list[TokenLogprob]] = field(default_factory=list)
     prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
 
@@ -57,8 +60,18 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens whose keys and values are not in the cache yet."""
-        return len(self.tokens) - self.num_computed
+        """Tokens, known or pending, whose keys and values are not in the cache yet."""
+        return len(self.tokens) + self.num_pending - self.num_computed
+
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether its next step may be ordered before the token that it begins with is known here.
+
+        Not where that token counts towards penalties, nor where it is the last one for certain.
+        """
+        sampling = self.request.sampling
+        drawn = len(self.tokens) + self.num_pending - self.prompt_length
+        return not sampling.has_penalties and drawn < sampling.max_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import msgspec
@@ -27,11 +28,39 @@ class StepResult(msgspec.Struct, tag=True):
     prompt_logprobs: list[list[TokenLogprob]]
 
 
-class StageRunner:
-    """Runs batches in the order of their commands. `expect` each batch as soon as it is known, then `run` it.
+class BegunStep:
+    """A step of the last stage that was begun; on a GPU its tokens may still be on their way."""
 
-    On a GPU, which `devices` names, a step is put on the stream without waiting, until the last stage needs its tokens;
-    `graphs` hold the decode steps that were captured.
+    def __init__(
+        self,
+        step: int,
+        tokens: torch.Tensor,
+        logprobs: dict[int, list[TokenLogprob]],
+        prompt_logprobs: list[list[TokenLogprob]],
+        wait: Callable[[], None] | None = None,
+    ) -> None:
+        self._step, self._tokens, self._wait = step, tokens, wait
+        self._logprobs, self._prompt_logprobs = logprobs, prompt_logprobs
+
+    def result(self) -> StepResult:
+        """Wait for the tokens.
+
+        Raises:
+            LeptonError: the logits are not numbers.
+            RankLostError: a link that the step goes over is broken, or it takes too long.
+        """
+        if self._wait is not None:
+            self._wait()
+        check_numbers(self._tokens)
+        tokens = self._tokens.to(torch.int32).numpy().tobytes()
+        return StepResult(self._step, tokens, self._logprobs, self._prompt_logprobs)
+
+
+class StageRunner:
+    """Runs batches in the order of their commands. `expect` each batch as soon as it is known, then `begin` it.
+
+    On a GPU, which `devices` names, a step is put on the stream without waiting; `graphs` hold the decode steps that
+    were captured. The tokens that a step drew stay there for the next one, whose command may name their rows.
     """
 
     def __init__(
@@ -45,6 +74,7 @@ class StageRunner:
         self._device = torch.device("cpu") if devices is None else devices.device
         rope = stage.decoder.rope
         self._has_long = rope is not None and rope.has_long
+        self._drawn = torch.empty(0, dtype=torch.int64, device=self._device)
 
     def expect(self, batch: RunBatch) -> None:
         """Post the receive of the batch's activations."""
@@ -58,19 +88,23 @@ class StageRunner:
         """Let go of captured graphs, which must go before the communicators whose operations they hold."""
         self._graphs = None
 
-    @torch.inference_mode()
     def run(self, batch: RunBatch) -> StepResult | None:
-        """Run a batch that was expected; the last stage returns the result, the others pass the activations on.
+        """Begin a batch and wait for its result."""
+        begun = self.begin(batch)
+        return None if begun is None else begun.result()
+
+    @torch.inference_mode()
+    def begin(self, batch: RunBatch) -> BegunStep | None:
+        """Start a batch that was expected; the last stage will have the result, the others pass the activations on.
 
         Raises:
-            LeptonError: the logits are not numbers.
             RankLostError: another rank did not come in time, or a link to it is broken.
         """
         stage = self._stage
         layout = lay_out(batch, self._cache.geometry.block_tokens)
         received = None if stage.seat.is_first else stage.link.receive()
         if self._graphs is not None and self._graphs.can_run(batch):
-            hidden = self._graphs.run(batch, layout, received)
+            hidden = self._graphs.run(batch, layout, self._tokens(batch) if received is None else None, received)
         else:
             hidden = self._run_layers(batch, layout, received)
         if stage.seat.is_last:
@@ -94,9 +128,17 @@ class StageRunner:
         decoder, device = self._stage.decoder, self._device
         positions = upload(layout.positions, device)
         if hidden is None:
-            hidden = decoder.embed(upload(read_int32(batch.tokens).astype(np.int64), device), positions)
+            hidden = decoder.embed(self._tokens(batch), positions)
         attend = partial(self._cache.attend, layout.paged(device))
         return decoder.run_layers(hidden, positions, self._is_long(batch), attend)
+
+    def _tokens(self, batch: RunBatch) -> torch.Tensor:
+        """int64 [tokens], with those that the step before drew in their places."""
+        given = read_int32(batch.tokens).astype(np.int64)
+        tokens = upload(given, self._device)
+        if given.min() >= 0:
+            return tokens
+        return torch.where(tokens < 0, self._drawn[(-1 - tokens).clamp_(min=0)], tokens)
 
     def _is_long(self, batch: RunBatch) -> torch.Tensor | None:
         if not self._has_long:
@@ -104,7 +146,7 @@ class StageRunner:
         spans = read_spans(batch)
         return upload(np.repeat(spans[:, 4].astype(bool), spans[:, 1]), self._device)
 
-    def _finish(self, batch: RunBatch, hidden: torch.Tensor) -> StepResult:
+    def _finish(self, batch: RunBatch, hidden: torch.Tensor) -> BegunStep:
         """Norm, head and sampling of the rows that ask for it."""
         head = self._stage.decoder.head
         if head is None:
@@ -112,7 +154,7 @@ class StageRunner:
         stage = self._stage
         shard = VocabShard(stage.vocab_start, head.projection.weight.out_features, stage.vocab, stage.tp)
         rows = read_int32(batch.samples.rows)
-        tokens = torch.empty(0, dtype=torch.int64)
+        tokens = torch.empty(0, dtype=torch.int64, device=self._device)
         logprobs: dict[int, list[TokenLogprob]] = {}
         if rows.size:
             logits = head(hidden[upload(rows.astype(np.int64), self._device)])
@@ -122,9 +164,9 @@ class StageRunner:
         if prompt_rows.size:
             picked, following = (upload(prompt_rows[:, column], self._device) for column in (0, 1))
             prompt_logprobs = score(head(hidden[picked]), following, prompt_rows[:, 2].tolist(), shard)
-        found = self._to_host(tokens, batch.step)
-        check_numbers(found)
-        return StepResult(batch.step, found.to(torch.int32).numpy().tobytes(), logprobs, prompt_logprobs)
+        self._drawn = tokens
+        host, wait = self._to_host(tokens, batch.step)
+        return BegunStep(batch.step, host, logprobs, prompt_logprobs, wait)
 
     def _sample(
         self, logits: torch.Tensor, rows: SampleRows, shard: VocabShard
@@ -139,13 +181,12 @@ class StageRunner:
         entries = score(raw, tokens[index].clamp(min=0), asked[scored].tolist(), shard)
         return tokens, dict(zip(scored.tolist(), entries, strict=True))
 
-    def _to_host(self, tokens: torch.Tensor, step: int) -> torch.Tensor:
-        """The one place of a step that waits for the GPU; meanwhile it watches the links that the work goes through."""
+    def _to_host(self, tokens: torch.Tensor, step: int) -> tuple[torch.Tensor, Callable[[], None] | None]:
+        """The tokens on the host, and the wait for them: the one wait of a step, which watches the links meanwhile."""
         if self._devices is None or tokens.is_cpu:
-            return tokens
+            return tokens, None
         host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         host.copy_(tokens, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
-        self._devices.wait.until(event, f"step {step}")
-        return host
+        return host, partial(self._devices.wait.until, event, f"step {step}")

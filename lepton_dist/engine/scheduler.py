@@ -2,8 +2,9 @@
 
 Running sequences come first, oldest first, then new ones; each batch stays within a budget of tokens (Sarathi-Serve,
 arXiv:2403.02310). When blocks run out, the youngest running sequence gives up its own and is computed anew later.
-A sequence whose next token has not come back is in flight and not scheduled again; with several stages the running
-ones are dealt out over as many batches as there are stages, so that every stage has work.
+A sequence whose next token has not come back is not scheduled again, but for `ahead` tokens that the stage itself puts
+in their place; with several stages the running ones are dealt out over as many batches as there are stages, so that
+every stage has work.
 """
 
 from __future__ import annotations
@@ -41,8 +42,10 @@ class Chunk:
 class Scheduler:
     """State in, decision out: `schedule` says what to run, `returned` and `finish` say what became of it."""
 
-    def __init__(self, blocks: KvBlocks, *, max_batch_tokens: int, max_sequences: int, num_stages: int) -> None:
-        self.blocks = blocks
+    def __init__(
+        self, blocks: KvBlocks, *, max_batch_tokens: int, max_sequences: int, num_stages: int, ahead: int = 0
+    ) -> None:
+        self.blocks, self._ahead = blocks, ahead
         self.num_preemptions = self.num_reused_tokens = 0
         self._max_batch_tokens, self._max_sequences, self._num_stages = max_batch_tokens, max_sequences, num_stages
         self._waiting: deque[Sequence] = deque()
@@ -72,7 +75,7 @@ class Scheduler:
         chunks: list[Chunk] = []
         budget = self._max_batch_tokens
         limit = -(-max(len(self._running), 1) // self._num_stages)
-        idle = [sequence for sequence in self._running if not sequence.is_in_flight]
+        idle = [sequence for sequence in self._running if self._can_go_on(sequence)]
         idle.sort(
             key=lambda sequence: sequence.num_uncomputed > 1
         )  # decodes first: a long prompt must not hold them up
@@ -95,7 +98,7 @@ class Scheduler:
         """A batch came back: its sequences may be scheduled again."""
         for chunk in chunks:
             if chunk.samples:
-                chunk.sequence.is_in_flight = False
+                chunk.sequence.num_pending -= 1
 
     def drop_waiting(self, keys: Container[str] | None = None) -> list[Sequence]:
         """Take out the sequences that have not begun, of these requests or of all, and return them."""
@@ -109,9 +112,13 @@ class Scheduler:
         return dropped
 
     def finish(self, sequence: Sequence) -> None:
-        """A sequence is done: its blocks are free."""
+        """A sequence is done: its blocks are free. What it has in flight runs before any batch that reuses them."""
+        sequence.is_done = True
         self._running.remove(sequence)
         self.blocks.release(sequence)
+
+    def _can_go_on(self, sequence: Sequence) -> bool:
+        return sequence.num_pending == 0 or (sequence.num_pending <= self._ahead and sequence.can_run_ahead)
 
     def _is_prefill_heavy(self, budget: int) -> bool:
         """Whether a pipeline's batch already has its share of the work in tokens."""
@@ -125,7 +132,7 @@ class Scheduler:
         samples, scores = count == sequence.num_uncomputed, sequence.wants_prompt_logprobs
         chunks.append(Chunk(sequence, sequence.num_computed, count, samples, scores))
         sequence.num_computed += count
-        sequence.is_in_flight = samples  # the next chunk of a prompt need not wait for this one
+        sequence.num_pending += samples  # the next chunk of a prompt need not wait for this one
         self.blocks.publish(sequence)
         return count
 
@@ -133,7 +140,7 @@ class Scheduler:
         """Blocks for `num_tokens` tokens, preempting younger sequences; False when it has to wait itself."""
         scheduled = {id(chunk.sequence) for chunk in chunks}
         while not self.blocks.extend(sequence, num_tokens):
-            idle = (other for other in reversed(self._running) if not other.is_in_flight and id(other) not in scheduled)
+            idle = (other for other in reversed(self._running) if not other.num_pending and id(other) not in scheduled)
             victim = next(idle, None)
             if victim is None:
                 return False

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable
 
 from lepton_dist.engine.batch import RunBatch
 from lepton_dist.engine.engine import Engine
 from lepton_dist.engine.request import Request
-from lepton_dist.engine.runner import StageRunner, StepResult
+from lepton_dist.engine.runner import BegunStep, StageRunner, StepResult
 from lepton_dist.errors import RankLostError
 from lepton_dist.runtime.messages import CloseSession, Dropped, Finished, Measured, Message
 
@@ -29,15 +30,15 @@ class Leader:
         engine: Engine,
         runner: StageRunner,
         followers: tuple[int, ...],
-        num_stages: int,
         step_timeout_s: float,
         send: Callable[[int, Message], None],
         describe_last: Callable[[], str],
     ) -> None:
         self._replica = replica
         self._engine, self._runner, self._followers = engine, runner, followers
-        self._num_stages, self._step_timeout_s = num_stages, step_timeout_s
+        self._step_timeout_s = step_timeout_s
         self._send, self._describe_last = send, describe_last
+        self._begun: deque[BegunStep] = deque()
         self._last_progress_s = time.monotonic()
         self._is_closing = False
         self._steps = array("d")
@@ -81,20 +82,27 @@ class Leader:
             raise RankLostError(
                 f"while stepping: no result within {self._step_timeout_s:g} s from {self._describe_last()}"
             )
-        if self._is_closing or self._engine.num_in_flight >= self._num_stages or not self._engine.has_work:
-            if not self._engine.has_work:
-                self._busy_since_s = None
-                self._report()
-            return False
-        batch = self._engine.next_batch()
+        batch = None
+        if self._engine.has_work and self._engine.has_room and not self._is_closing:
+            batch = self._engine.next_batch()
         if batch is None:
-            return False
+            return self._wait()
         if self._engine.num_in_flight == 1:
             self._last_progress_s = time.monotonic()
             if self._busy_since_s is None:
                 self._busy_since_s = self._last_progress_s
         self._run(batch)
         return True
+
+    def _wait(self) -> bool:
+        """With nothing to start, take in the oldest step that was begun here; False when there is none."""
+        if self._begun:
+            self.take(self._begun.popleft().result())
+            return True
+        if not self._engine.has_work:
+            self._busy_since_s = None
+            self._report()
+        return False
 
     def take(self, result: StepResult) -> None:
         """A step came back: report the requests that it finished."""
@@ -103,6 +111,8 @@ class Leader:
         self._steps.extend((*self._engine.counts(result.step), now_s - since_s))
         self._last_progress_s = self._busy_since_s = now_s
         finished = self._engine.apply(result)
+        while self._begun and not self._engine.has_work:  # what ran ahead of the end
+            self._engine.apply(self._begun.popleft().result())
         # Before the last request is reported: rank 0 may be done with it.
         self._report(is_last=not self._engine.has_work)
         for key, output in finished:
@@ -121,6 +131,8 @@ class Leader:
         for rank in self._followers:
             self._send(rank, batch)
         self._runner.expect(batch)
-        result = self._runner.run(batch)
-        if result is not None:
-            self.take(result)
+        begun = self._runner.begin(batch)
+        if begun is not None:
+            self._begun.append(begun)
+        if not self._engine.has_room:
+            self._wait()

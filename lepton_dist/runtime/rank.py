@@ -9,7 +9,7 @@ from lepton_dist.comm.mailbox import Mailbox
 from lepton_dist.comm.world import World
 from lepton_dist.engine.batch import RunBatch
 from lepton_dist.engine.engine import Engine, Scanner
-from lepton_dist.engine.runner import StepResult
+from lepton_dist.engine.runner import BegunStep, StepResult
 from lepton_dist.errors import ConfigError
 from lepton_dist.plan.document import parse_plan
 from lepton_dist.runtime.examine import examine
@@ -53,6 +53,7 @@ class Rank:
         self._session: Session | None = None
         self._leader: Leader | None = None
         self._steps: deque[RunBatch] = deque()
+        self._behind: BegunStep | None = None
 
     def send(self, to: int, message: Message) -> None:
         """Send a message to any rank, this one included."""
@@ -113,11 +114,22 @@ class Rank:
             self._to_controller(message)
 
     def _follow(self, batch: RunBatch) -> None:
-        """Run a step that the leader ordered; the first rank of the last stage answers for all."""
+        """Run a step that the leader ordered; the first rank of the last stage answers for all.
+
+        Its other ranks wait a step later, so that their GPUs have the next one by then.
+        """
         session = self._require_session()
-        result = session.runner.run(batch)
-        if result is not None and session.seat.shard == 0:
-            self.send(session.replica.leader, result)
+        begun = session.runner.begin(batch)
+        if begun is not None and session.seat.shard == 0 and not session.seat.is_first:
+            self.send(session.replica.leader, begun.result())
+        else:
+            self._wait_behind()
+            self._behind = begun
+
+    def _wait_behind(self) -> None:
+        if self._behind is not None:
+            self._behind.result()
+            self._behind = None
 
     def _open_session(self, order: OpenSession) -> None:
         limits = parse_plan(order.plan).engine
@@ -159,6 +171,7 @@ class Rank:
             blueprint.config.eos_token_ids,
             make_scanner,
             blueprint.config.long_after,
+            ahead=session.ahead,
         )
         followers = tuple(rank for rank in replica.ranks if rank != world.rank)
         timeout_s = blueprint.limits.step_timeout_s
@@ -167,13 +180,13 @@ class Rank:
             engine,
             session.runner,
             followers,
-            len(replica.stages),
             timeout_s,
             self.send,
             describe_last,
         )
 
     def _close_session(self) -> None:
+        self._wait_behind()
         if self._session is not None:
             self._session.close()
         self._session = self._leader = None

@@ -35,13 +35,14 @@ from lepton_dist.runtime.messages import OpenSession, SessionReady
 
 @dataclass
 class Session:
-    """What a rank holds while a session is open."""
+    """What a rank holds while a session is open. `ahead`: steps that its leader orders before a result is back."""
 
     blueprint: Blueprint
     seat: Seat
     replica: Replica
     runner: StageRunner
     ready: SessionReady
+    ahead: int
 
     def close(self) -> None:
         """Let go of what must go before the groups do."""
@@ -95,7 +96,9 @@ def open_session(world: World, order: OpenSession) -> tuple[Session | None, Sess
         device=_device_name(devices.device),
         notices=notices,
     )
-    return Session(blueprint, seat, opening.replica, runner, ready), ready
+    # A GPU is to have the next step before it ends this one; on a CPU a step is over when the call is.
+    ahead = int(devices.device.type == "cuda" and len(opening.replica.stages) == 1)
+    return Session(blueprint, seat, opening.replica, runner, ready, ahead), ready
 
 
 class _Opening:

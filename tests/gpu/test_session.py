@@ -51,9 +51,9 @@ def test_captured_steps_equal_eager_ones(count: int) -> None:
     torch.manual_seed(3)
     model = RandomModel.build("tiny", "cuda", num_blocks=blocks, most_sequences=8, context=context)
     assert not model.notice
-    model.step(prefill_batch(context))
+    model.begin(prefill_batch(context)).result()
     batch = decode_batch(count, context)
-    captured = [model.step(batch).tokens for _ in range(2)]
+    captured = [model.begin(batch).result().tokens for _ in range(2)]
     graphs, model.runner._graphs = model.runner._graphs, None
-    eager = model.step(batch).tokens
+    eager = model.begin(batch).result().tokens
     assert graphs is not None and captured == [eager, eager]

@@ -7,7 +7,10 @@ import torch
 
 from lepton_dist.comm.devices import Devices
 from lepton_dist.comm.group import Group
-from lepton_dist.comm.transports.staged import Courier, StagedMessages, StagedTransport
+from lepton_dist.comm.transport import PointToPoint
+from lepton_dist.comm.transports.aware import AwareMessages
+from lepton_dist.comm.transports.courier import Courier
+from lepton_dist.comm.transports.staged import StagedMessages, StagedTransport
 from lepton_dist.comm.world import World
 from lepton_dist.plan.devices import Binding, Sight
 
@@ -18,7 +21,7 @@ def staged(world: World, everyone: Group) -> StagedTransport:
 
 
 @pytest.fixture
-def messages(world: World, everyone: Group) -> StagedMessages:
+def staged_messages(world: World, everyone: Group) -> StagedMessages:
     return StagedMessages(everyone, Courier(), world.patience)
 
 
@@ -51,12 +54,17 @@ def test_collectives(world: World, staged: StagedTransport, dtype: torch.dtype, 
     staged.barrier()
 
 
-def test_a_staged_rank_and_a_plain_one_understand_each_other(
-    world: World, everyone: Group, messages: StagedMessages
+@pytest.mark.parametrize("kind", ["staged", "CUDA-aware"])
+def test_a_gpu_rank_and_a_plain_one_understand_each_other(
+    world: World, everyone: Group, staged_messages: StagedMessages, kind: str
 ) -> None:
-    """Rank 0 stages, as a GPU rank does; rank 1 does not, as a CPU rank."""
+    """Rank 0 sends as a GPU rank does; rank 1 as a CPU rank."""
     if world.rank > 1:
         return
+    messages: PointToPoint = staged_messages
+    if kind == "CUDA-aware":
+        assert everyone._messages is not None
+        messages = AwareMessages(everyone._messages, "everyone", Courier(), world.patience)
     first, second = torch.arange(5.0), torch.arange(5.0).to(torch.bfloat16) * 3
     if world.rank == 0:
         sends = [messages.isend(first, 1, 0), messages.isend(second, 1, 0)]
@@ -83,3 +91,11 @@ def test_a_group_with_a_cpu_rank_or_a_shared_gpu_needs_no_nccl(world: World) -> 
     gpu = Devices(shared, sights, device, Courier(), cpu.wait, cpu.patience)
     if world.rank == 0:
         assert gpu.serve(group).gpu_transport == "staged"
+
+
+def test_messages_are_staged_unless_the_library_says_that_it_is_cuda_aware(world: World, everyone: Group) -> None:
+    """The wheels that the tests install are not."""
+    from lepton_dist.comm.transports.mpi_fabric import is_cuda_aware
+
+    assert not is_cuda_aware()
+    assert everyone.gpu_messages is None

@@ -26,6 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def world() -> Iterator[World]:
+    from mpi4py import MPI  # noqa: F401  started here and not by the world, which would end it before pytest-mpi's report
+
     opened = open_world(Patience(20.0, "testing"))
     yield opened
     opened.close()

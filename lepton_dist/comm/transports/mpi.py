@@ -134,7 +134,7 @@ class MpiTransport:
         # At least one message, so that an empty tensor is still an event.
         lows = range(0, max(memory.numel(), 1), self.piece_bytes)
         try:
-            requests = [start(memory[low : low + self.piece_bytes].numpy()) for low in lows]
+            requests = [start(_piece(memory[low : low + self.piece_bytes])) for low in lows]
         except MPI.Exception as error:
             raise _lost(what, error) from error
         return MpiHandle(requests, tensor, self._patience, what, self._roll_call, self._members[peer])
@@ -218,6 +218,11 @@ class MpiHandle:
             _grace(self._tensor.nbytes),
         )
         self._roll_call.waiting = ""
+
+
+def _piece(memory: Tensor) -> Any:
+    """Bytes on the CPU as numpy's; those on a GPU, for a library that is CUDA-aware, tell their address themselves."""
+    return memory.numpy() if memory.is_cpu else memory
 
 
 def _buffer(tensor: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import sys
@@ -9,6 +10,7 @@ import threading
 import time
 import zlib
 from collections.abc import Sequence
+from functools import cache
 from typing import NoReturn
 
 import mpi4py
@@ -88,13 +90,13 @@ class MpiFabric:
         group.Free()
         mpi = MpiTransport(comm, name, members, self._roll_call, self._patience)
         if len({self.nodes[rank] for rank in members}) > 1:
-            return Links({"mpi": mpi}, mpi)
+            return Links({"mpi": mpi}, mpi, takes_gpu_tensors=is_cuda_aware())
         window, notice = open_window(comm, name)
         if window is None:
-            return Links({"mpi": mpi}, mpi, (notice,))
+            return Links({"mpi": mpi}, mpi, (notice,), is_cuda_aware())
         self._windows.append(window)
         shm = ShmTransport(window, name, members, self._roll_call, self._patience)
-        return Links({"mpi": mpi, "shm": shm}, mpi)
+        return Links({"mpi": mpi, "shm": shm}, mpi, takes_gpu_tensors=is_cuda_aware())
 
     def post(self, name: str) -> MpiPost:
         """See `Fabric`."""
@@ -145,6 +147,19 @@ class MpiFabric:
         self._comm.Allgather(leader, leaders)
         order = list(dict.fromkeys(leaders.tolist()))
         return tuple(order.index(value) for value in leaders.tolist())
+
+
+@cache
+def is_cuda_aware() -> bool:
+    """Whether the MPI library says that it takes addresses in GPU memory. Ask when MPI has been started.
+
+    `MPIX_Query_cuda_support` is an extension that Open MPI and MPICH share; a library without it takes none.
+    """
+    try:
+        query = ctypes.CDLL(MPI.__file__).MPIX_Query_cuda_support
+    except (AttributeError, OSError):
+        return False
+    return bool(query() == 1)
 
 
 def _leave(code: int) -> NoReturn:

@@ -8,8 +8,8 @@ receive is posted before there is anything to copy. Collectives wait for their c
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from lepton_dist.comm.group import Group
 from lepton_dist.comm.patience import Patience
 from lepton_dist.comm.tensors import ReduceOp
 from lepton_dist.comm.transport import AllReduceRoutine, Handle
+from lepton_dist.comm.transports.courier import Courier, LateMessage
 from lepton_dist.comm.wait import wait_until
 
 
@@ -97,58 +98,6 @@ class StagedTransport:
         out.copy_(values)
 
 
-class Courier:
-    """The sends of this process whose copies are still under way. One for all groups: any wait moves all of them on."""
-
-    def __init__(self) -> None:
-        self._sends: deque[StagedSend] = deque()
-
-    def add(self, send: StagedSend) -> None:
-        """Drive a send on until it has started."""
-        self._sends.append(send)
-        self.progress()
-
-    def progress(self) -> bool:
-        """Start every send whose copy is there, in their order; whether some are still waiting."""
-        while self._sends and self._sends[0].start():
-            self._sends.popleft()
-        return bool(self._sends)
-
-
-class StagedSend:
-    """A send that starts when its copy is there."""
-
-    def __init__(self, group: Group, tensor: Tensor, to: int, tag: int, courier: Courier, patience: Patience) -> None:
-        self._group, self._to, self._tag = group, to, tag
-        self._courier, self._patience = courier, patience
-        self._copy = Copy(tensor)
-        self._inner: Handle | None = None
-        courier.add(self)
-
-    def start(self) -> bool:
-        """Start it if its copy is there; whether it has started."""
-        if self._inner is None and self._copy.is_there():
-            self._inner = self._group.isend(self._copy.host, self._to, self._tag)
-        return self._inner is not None
-
-    def test(self) -> bool:
-        """See `Handle`."""
-        self._courier.progress()
-        return self._inner is not None and self._inner.test()
-
-    def wait(self) -> None:
-        """See `Handle`."""
-        what = f"the GPU to come to a send of group {self._group.name!r}"
-
-        def has_started() -> bool:
-            self._courier.progress()
-            return self._inner is not None
-
-        wait_until(has_started, self._patience, lambda: what)
-        if self._inner is not None:
-            self._inner.wait()
-
-
 class StagedReceive:
     """A receive into host memory, which is then copied to where it belongs, on the stream current at that time."""
 
@@ -188,7 +137,10 @@ class StagedMessages:
 
     def isend(self, tensor: Tensor, to: int, tag: int) -> Handle:
         """See `PointToPoint`."""
-        return StagedSend(self._group, tensor, to, tag, self._courier, self._patience)
+        copy = Copy(tensor)
+        what = f"a send of group {self._group.name!r}"
+        start = partial(self._group.isend, copy.host, to, tag)
+        return LateMessage(what, copy.is_there, start, self._courier, self._patience)
 
     def irecv(self, tensor: Tensor, source: int, tag: int) -> Handle:
         """See `PointToPoint`."""

@@ -39,7 +39,6 @@ def test_the_fields_of_a_batch_and_of_its_padding() -> None:
     fields = pack_fields(batch, lay_out(batch, BLOCK), 4, spare_slot=77)
     assert fields.dtype == np.int32
     assert fields.tolist() == [
-        [105, 100, 0, 0],  # tokens
         [5, 0, 0, 0],  # positions
         [9 * BLOCK + 1, 5 * BLOCK, 77, 77],  # slots: padding writes to the spare block
         [6, 1, 0, 0],  # lengths: padding attends to nothing

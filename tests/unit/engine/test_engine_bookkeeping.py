@@ -33,9 +33,9 @@ class Scanner:
         return self.found is not None
 
 
-def engine(*, num_blocks: int = 32, num_stages: int = 1, **limits: Any) -> Engine:
+def engine(*, num_blocks: int = 32, num_stages: int = 1, ahead: int = 0, **limits: Any) -> Engine:
     wanted = {"block_tokens": 4, "max_batch_tokens": 32, "max_sequences": 8, **limits}
-    return Engine(EngineLimits(**wanted), num_blocks, num_stages, (END,), Scanner)
+    return Engine(EngineLimits(**wanted), num_blocks, num_stages, (END,), Scanner, ahead=ahead)
 
 
 def request(key: str, *, length: int = 3, **fields: Any) -> Request:
@@ -137,3 +137,46 @@ def test_a_batch_as_it_travels() -> None:
     assert read_int32(batch.samples.history).tolist() == [0, 1, 2, 7]
     # Of the prompt 0, 1, 2 only position 1 is scored in this chunk, by the token 2 behind it.
     assert read_int32(batch.prompt_rows, 3).tolist() == [[2, 2, 2]]
+
+
+def test_a_step_that_runs_ahead_names_the_rows_of_the_one_before() -> None:
+    made = engine(ahead=1)
+    for key in "ab":
+        made.add(request(key, temperature=1.0, seed=1))
+    first, second = made.next_batch(), made.next_batch()
+    assert first is not None and second is not None and not made.has_room
+    assert read_int32(second.tokens).tolist() == [-1, -2]
+    assert read_spans(second)[:, :3].tolist() == [[0, 1, 4], [1, 1, 4]]
+    assert [key for key, _ in made.apply(answer(first, [5, END]))] == ["b"]
+    third = made.next_batch()
+    assert third is not None
+    assert read_int32(third.tokens).tolist() == [-1]  # b has ended; a is row 0 of the second step
+    assert [key for key, _ in made.apply(answer(second, [4, 4]))] == []
+    assert [key for key, _ in made.apply(answer(third, [END]))] == ["a"]
+    assert not made.has_work and made.num_in_flight == 0
+
+
+def test_the_noise_of_a_step_is_the_same_whether_it_ran_ahead() -> None:
+    def keys(ahead: int) -> list[list[int]]:
+        made = engine(ahead=ahead)
+        made.add(request("a", temperature=1.0, seed=1))
+        found, waiting = [], []
+        while made.has_work:
+            batch = made.next_batch() if made.has_room else None
+            if batch is None:
+                made.apply(answer(waiting.pop(0), [5]))
+            else:
+                waiting.append(batch)
+                found.append(read_int32(batch.samples.keys).tolist())
+        return found
+
+    assert keys(0) == keys(1) and len(keys(1)) == 4
+
+
+def test_nothing_runs_ahead_of_a_token_that_counts_against_the_next() -> None:
+    made = engine(ahead=1)
+    made.add(request("penalised", presence_penalty=0.5))
+    made.add(request("plain"))
+    first, second = made.next_batch(), made.next_batch()
+    assert first is not None and second is not None
+    assert (len(read_spans(first)), len(read_spans(second))) == (2, 1)

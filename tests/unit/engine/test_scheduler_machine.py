@@ -6,7 +6,7 @@ read slots that hold exactly its own sequence's tokens. That one rule covers sha
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 
 import hypothesis.strategies as st
 from hypothesis import settings
@@ -21,7 +21,7 @@ ALPHABET = 2  # few different tokens, so that prefixes meet
 
 
 class Machine(RuleBasedStateMachine):
-    """One replica: up to `num_stages` batches in flight."""
+    """One replica: up to `num_stages` batches in flight, and one more where it runs ahead."""
 
     @initialize(
         num_blocks=st.integers(2, 12),
@@ -30,6 +30,7 @@ class Machine(RuleBasedStateMachine):
         max_sequences=st.integers(1, 6),
         num_stages=st.integers(1, 3),
         has_prefix_cache=st.booleans(),
+        runs_ahead=st.booleans(),
     )
     def start(
         self,
@@ -39,12 +40,18 @@ class Machine(RuleBasedStateMachine):
         max_sequences: int,
         num_stages: int,
         has_prefix_cache: bool,
+        runs_ahead: bool,
     ) -> None:
         self.blocks = KvBlocks(num_blocks, block_tokens, has_prefix_cache=has_prefix_cache)
+        self.ahead = int(runs_ahead and num_stages == 1)
         self.scheduler = Scheduler(
-            self.blocks, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, num_stages=num_stages
+            self.blocks,
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=max_sequences,
+            num_stages=num_stages,
+            ahead=self.ahead,
         )
-        self.budget, self.num_stages, self.max_sequences = max_batch_tokens, num_stages, max_sequences
+        self.budget, self.most_in_flight, self.max_sequences = max_batch_tokens, num_stages + self.ahead, max_sequences
         self.capacity = num_blocks * block_tokens
         self.alive: list[Sequence] = []
         self.in_flight: deque[list[Chunk]] = deque()
@@ -62,12 +69,12 @@ class Machine(RuleBasedStateMachine):
         self.alive.append(sequence)
         self.scheduler.add(sequence)
 
-    @precondition(lambda self: len(self.in_flight) < self.num_stages)
+    @precondition(lambda self: len(self.in_flight) < self.most_in_flight)
     @rule()
     def schedule(self) -> None:
         could_run = self.scheduler.has_work and not self.in_flight
         computed = {id(sequence): sequence.num_computed for sequence in self.alive}
-        pending = {id(chunk.sequence) for batch in self.in_flight for chunk in batch if chunk.samples}
+        pending = Counter(id(chunk.sequence) for batch in self.in_flight for chunk in batch if chunk.samples)
         chunks = self.scheduler.schedule()
         assert not could_run or chunks, "there is work, nothing is in flight, and yet nothing runs"
         if not chunks:
@@ -76,10 +83,11 @@ class Machine(RuleBasedStateMachine):
         assert len({id(chunk.sequence) for chunk in chunks}) == len(chunks)
         for chunk in chunks:
             sequence = chunk.sequence
-            assert id(sequence) not in pending, "its last token has not come back"
+            assert pending[id(sequence)] <= self.ahead, "its last token has not come back"
             assert chunk.count > 0 and sequence.num_computed == chunk.start + chunk.count
             assert chunk.start == computed[id(sequence)] or chunk.start % self.blocks.block_tokens == 0
-            assert chunk.samples == (sequence.num_computed == len(sequence.tokens))
+            assert chunk.samples == (sequence.num_computed == len(sequence.tokens) + pending[id(sequence)])
+            assert chunk.start < sequence.prompt_length + sequence.request.sampling.max_tokens
         self._compute(chunks)
         self.in_flight.append(chunks)
 
@@ -99,21 +107,28 @@ class Machine(RuleBasedStateMachine):
 
     @staticmethod
     def _content(sequence: Sequence, position: int) -> tuple[bool, tuple[int, ...]]:
-        return sequence.is_long, tuple(sequence.tokens[: position + 1])
+        """What the keys and values follow from. Tokens that are pending will be those that `_drawn` tells of."""
+        known = sequence.tokens[: position + 1]
+        pending = (Machine._drawn(sequence, place) for place in range(len(known), position + 1))
+        return sequence.is_long, (*known, *pending)
+
+    @staticmethod
+    def _drawn(sequence: Sequence, position: int) -> int:
+        return (sequence.arrival * 7 + position * position // 3) % ALPHABET
 
     @precondition(lambda self: self.in_flight)
-    @rule(token=st.integers(0, ALPHABET - 1))
-    def come_back(self, token: int) -> None:
+    @rule(ends=st.booleans())
+    def come_back(self, ends: bool) -> None:
         chunks = self.in_flight.popleft()
         self.scheduler.returned(chunks)
         for chunk in chunks:
             sequence = chunk.sequence
             for position in chunk.scored_positions:
                 sequence.prompt_logprobs[position + 1] = []
-            if not chunk.samples:
+            if not chunk.samples or sequence.is_done:
                 continue
-            sequence.tokens.append(token)
-            if len(sequence.generated) == sequence.request.sampling.max_tokens:
+            sequence.tokens.append(self._drawn(sequence, len(sequence.tokens)))
+            if ends or len(sequence.generated) == sequence.request.sampling.max_tokens:
                 self.scheduler.finish(sequence)
                 self.alive.remove(sequence)
                 self.num_finished += 1
@@ -147,14 +162,14 @@ class Machine(RuleBasedStateMachine):
         # Each token is computed at least once a step; preemption may repeat a sequence's work for each older one.
         steps_left = 50 + 4 * (self.capacity + 1) * (len(self.alive) + 1) ** 2
         while self.scheduler.has_work:
-            if len(self.in_flight) < self.num_stages:
+            if len(self.in_flight) < self.most_in_flight:
                 self.schedule()
             if self.in_flight:
-                self.come_back(0)
+                self.come_back(False)
             steps_left -= 1
             assert steps_left > 0, f"{len(self.alive)} sequences make no progress"
         while self.in_flight:
-            self.come_back(0)
+            self.come_back(False)
         assert not self.alive and self.num_finished == self.num_added
         assert self.blocks.num_free == self.blocks.num_blocks
 

@@ -17,6 +17,8 @@ from lepton_dist.runtime import leader as module
 from lepton_dist.runtime.leader import Leader
 from lepton_dist.runtime.messages import Codec, Dropped, Finished, Measured, Message
 
+END = 9
+
 
 class Clock:
     def __init__(self) -> None:
@@ -26,30 +28,44 @@ class Clock:
         return self.now_s
 
 
-class Runner:
-    """Every step takes `seconds` of the clock."""
+class Step:
+    """A step that was begun: its result takes `seconds` of the clock."""
 
+    def __init__(self, batch: RunBatch, runner: Runner) -> None:
+        self._batch, self._runner = batch, runner
+
+    def result(self) -> StepResult:
+        self._runner.clock.now_s += self._runner.seconds
+        self._runner.log.append(f"took in {self._batch.step}")
+        tokens = np.full(len(self._batch.samples.rows) // 4, self._runner.token, dtype=np.int32)
+        return StepResult(self._batch.step, tokens.tobytes(), {}, [])
+
+
+class Runner:
     def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self.seconds = 0.02
+        self.clock, self.seconds, self.token = clock, 0.02, 5
+        self.log: list[str] = []
 
     def expect(self, batch: RunBatch) -> None: ...
 
-    def run(self, batch: RunBatch) -> StepResult:
-        self._clock.now_s += self.seconds
-        tokens = np.full(len(batch.samples.rows) // 4, 5, dtype=np.int32)
-        return StepResult(batch.step, tokens.tobytes(), {}, [])
+    def begin(self, batch: RunBatch) -> Step:
+        self.log.append(f"began {batch.step}")
+        return Step(batch, self)
 
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> tuple[Leader, list[Message], Clock, Runner]:
+    return make(monkeypatch)
+
+
+def make(monkeypatch: pytest.MonkeyPatch, ahead: int = 0) -> tuple[Leader, list[Message], Clock, Runner]:
     clock, sent = Clock(), []
     runner = Runner(clock)
     monkeypatch.setattr(module, "time", clock)
     limits = EngineLimits(block_tokens=4, max_batch_tokens=32, max_sequences=2)
-    engine = Engine(limits, 64, 1, (9,), lambda stops: pytest.fail("no stop strings here"))
+    engine = Engine(limits, 64, 1, (END,), lambda stops: pytest.fail("no stop strings here"), ahead=ahead)
     send: Callable[[int, Message], None] = lambda rank, message: sent.append(message)  # noqa: E731
-    return Leader(3, engine, runner, (), 1, 60.0, send, lambda: "nobody"), sent, clock, runner  # type: ignore[arg-type]
+    return Leader(3, engine, runner, (), 60.0, send, lambda: "nobody"), sent, clock, runner  # type: ignore[arg-type]
 
 
 def request(key: str, tokens: int = 8) -> Request:
@@ -102,3 +118,29 @@ def test_only_what_has_not_begun_is_given_back(made: tuple[Leader, list[Message]
     while leader.advance():
         pass
     assert [message.key for message in sent if isinstance(message, Finished)] == ["a", "b", "c"]
+
+
+def test_with_a_gpu_the_next_step_is_ordered_before_the_last_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    leader, sent, _, runner = make(monkeypatch, ahead=1)
+    leader.assign([request("a", tokens=4)])
+    while leader.advance():
+        pass
+    # The fourth token is the last for certain: nothing runs ahead of it.
+    expected = ["began 0", "began 1", "took in 0", "began 2", "took in 1", "began 3", "took in 2", "took in 3"]
+    assert runner.log == expected
+    assert [message.key for message in sent if isinstance(message, Finished)] == ["a"]
+    assert [step[0] for step in rows(sent)] == [3, 1, 1, 1]
+
+
+def test_what_ran_ahead_of_an_end_is_in_no_report_and_over_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    leader, sent, _, runner = make(monkeypatch, ahead=1)
+    runner.token = END
+    leader.assign([request("a", tokens=4)])
+    while leader.advance():
+        pass
+    assert runner.log == ["began 0", "began 1", "took in 0", "took in 1"]
+    finished = [message for message in sent if isinstance(message, Finished)]
+    assert finished[0].output.completions[0].token_ids == [END]
+    assert isinstance(sent[-1], Finished) and len(rows(sent)) == 1
+    leader.close()
+    assert leader.is_closed
