@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import torch
 
 from lepton_dist.comm.devices import Devices
 from lepton_dist.engine.batch import Int32, RunBatch, read_spans
-from lepton_dist.engine.kv_cache import KvCache, Layout
+from lepton_dist.engine.kv_cache import CachedAttention, KvCache, Layout
 from lepton_dist.kernels.attention import PagedBatch
 from lepton_dist.kernels.cuda.library import triton_problem
 from lepton_dist.kernels.upload import upload
@@ -151,4 +150,4 @@ class DecodeGraphs:
             hidden = self._hidden[:size].clone()
         has_long = decoder.rope is not None and decoder.rope.has_long
         is_long = fields[_IS_LONG].bool() if has_long else None
-        return decoder.run_layers(hidden, positions, is_long, partial(self._cache.attend, batch))
+        return decoder.run_layers(hidden, positions, is_long, CachedAttention(self._cache, batch))

@@ -51,19 +51,34 @@ class KvCache:
 
         self._keys, self._values = arenas(), arenas()
 
-    def attend(
+    def arenas(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and the values of a layer."""
+        return self._keys[layer], self._values[layer]
+
+
+@dataclass(frozen=True)
+class CachedAttention:
+    """Attention of one batch through the cache: `model.layers.Attend`."""
+
+    cache: KvCache
+    batch: PagedBatch
+
+    def __call__(
         self,
-        batch: PagedBatch,
         layer: int,
         turned: torch.Tensor,
         value: torch.Tensor,
         angles: tuple[torch.Tensor, torch.Tensor] | None,
         window: int | None,
     ) -> torch.Tensor:
-        """Rotate, write the batch's keys and values, then attend: the shapes of `model.layers.Attend`."""
-        keys, values = self._keys[layer], self._values[layer]
-        query = enter_cache(turned, value, angles, keys, values, batch.slots)
-        return paged_attention(query, keys, values, batch, window)
+        """Rotate, write the batch's keys and values, then attend."""
+        keys, values = self.arenas(layer)
+        query = enter_cache(turned, value, angles, keys, values, self.batch.slots)
+        return paged_attention(query, keys, values, self.batch, window)
+
+    def arenas(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Attend`."""
+        return self.cache.arenas(layer)
 
 
 @dataclass(frozen=True)

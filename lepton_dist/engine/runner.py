@@ -12,7 +12,7 @@ import torch
 from lepton_dist.comm.devices import Devices
 from lepton_dist.engine.batch import RunBatch, SampleRows, read_int32, read_spans
 from lepton_dist.engine.decode_graphs import DecodeGraphs
-from lepton_dist.engine.kv_cache import KvCache, Layout, lay_out
+from lepton_dist.engine.kv_cache import CachedAttention, KvCache, Layout, lay_out
 from lepton_dist.engine.sampler import VocabShard, check_numbers, sample, score
 from lepton_dist.kernels.upload import upload
 from lepton_dist.parallel.stage import ParallelStage
@@ -129,7 +129,7 @@ class StageRunner:
         positions = upload(layout.positions, device)
         if hidden is None:
             hidden = decoder.embed(self._tokens(batch), positions)
-        attend = partial(self._cache.attend, layout.paged(device))
+        attend = CachedAttention(self._cache, layout.paged(device))
         return decoder.run_layers(hidden, positions, self._is_long(batch), attend)
 
     def _tokens(self, batch: RunBatch) -> torch.Tensor:

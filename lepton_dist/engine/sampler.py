@@ -19,6 +19,7 @@ from lepton_dist.engine.batch import SampleRows, read_int32
 from lepton_dist.engine.penalties import apply_penalties
 from lepton_dist.errors import LeptonError
 from lepton_dist.kernels.noise import gumbel
+from lepton_dist.kernels.row_maxima import row_maxima
 from lepton_dist.kernels.upload import upload
 from lepton_dist.text.completion import TokenLogprob
 
@@ -75,7 +76,7 @@ def arg_max(scores: torch.Tensor, shard: VocabShard) -> torch.Tensor:
 
     -1 where a score is NaN.
     """
-    values, local = scores.max(dim=1)
+    values, local = row_maxima(scores)
     # [tp, r, 2]: float64 holds both the score and the id exactly.
     best = shard.group.all_gather(torch.stack((values.double(), (local + shard.first).double()), dim=1))
     owner = best[:, :, 0].argmax(dim=0, keepdim=True)

@@ -7,33 +7,43 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
-from lepton_dist.kernels.cpu.matmul import PanelWeight, panel_bytes
+from lepton_dist.kernels.cpu.matmul import NativeProduct, PanelWeight, panel_bytes
 from lepton_dist.kernels.cpu.native import VectorLevel, native_library, vector_level
 from lepton_dist.kernels.quantized import RoundedWeight
 from lepton_dist.plan.precision import QUANTIZED
 
 
 class Weight(Protocol):
-    """A matrix [out, in] held in whatever form its kernel likes best."""
+    """A matrix [out, in] held in whatever form its kernel likes best.
+
+    `native` is its kernel, where that is one of ours.
+    """
 
     out_features: int
     in_features: int
 
-    def matmul(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens, in] -> [tokens, out] in the dtype of `x`."""
+    @property
+    def native(self) -> NativeProduct | None:
+        """See above."""
+        ...
+
+    def matmul(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """[tokens, in] -> [tokens, out] in `dtype`, by default that of `x`."""
         ...
 
 
 class DenseWeight:
     """A plain torch matrix [out, in]."""
 
+    native = None
+
     def __init__(self, weight: torch.Tensor) -> None:
         self._weight = weight
         self.out_features, self.in_features = weight.shape
 
-    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+    def matmul(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """As `Weight.matmul`."""
-        return functional.linear(x, self._weight)
+        return functional.linear(x, self._weight).to(dtype or x.dtype)
 
 
 class PackedWeight:
@@ -42,14 +52,16 @@ class PackedWeight:
     The layout is the same for every number of tokens, so one copy serves decode and prefill.
     """
 
+    native = None
+
     def __init__(self, weight: torch.Tensor) -> None:
         self.out_features, self.in_features = weight.shape
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
 
-    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+    def matmul(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """As `Weight.matmul`; `x` is bfloat16."""
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
-        return product
+        return product.to(dtype or x.dtype)
 
 
 def make_weight(weight: torch.Tensor, kind: str | None = None) -> Weight:

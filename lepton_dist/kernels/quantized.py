@@ -34,6 +34,8 @@ def round_int4(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Te
 class RoundedWeight:
     """An int8 or int4 matrix in torch's own tensors; int4 takes a byte a weight here."""
 
+    native = None
+
     def __init__(self, weight: torch.Tensor, kind: str) -> None:
         self.out_features, self.in_features = weight.shape
         rounded = round_int8(weight) if kind == "int8" else round_int4(weight, INT4_GROUPS[kind])
@@ -44,9 +46,9 @@ class RoundedWeight:
         wide = self._steps * self._scales.float()
         return wide.view(self.out_features, -1)[:, : self.in_features].to(dtype)
 
-    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+    def matmul(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """As `Weight.matmul`."""
-        return functional.linear(x, self.dense(x.dtype))
+        return functional.linear(x, self.dense(x.dtype)).to(dtype or x.dtype)
 
 
 def _inverse(x: torch.Tensor, of: int) -> torch.Tensor:

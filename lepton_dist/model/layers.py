@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from lepton_dist.kernels.activations import gated
+from lepton_dist.kernels.attention import PagedBatch
 from lepton_dist.kernels.linear import Weight
 from lepton_dist.kernels.norms import add_rms_norm, layer_norm, rms_norm
 
@@ -18,7 +19,12 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Attend(Protocol):
-    """Attention with whatever keeps the keys and values."""
+    """Attention of a batch with whatever keeps the keys and values."""
+
+    @property
+    def batch(self) -> PagedBatch:
+        """Where the batch's tokens lie."""
+        ...
 
     def __call__(
         self,
@@ -35,6 +41,10 @@ class Attend(Protocol):
         """
         ...
 
+    def arenas(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of a layer, for kernels that do all that and more by themselves."""
+        ...
+
 
 @dataclass
 class Linear:
@@ -44,9 +54,9 @@ class Linear:
     bias: torch.Tensor | None
     reduce: Reduce
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens, in] -> [tokens, out]."""
-        y = self.reduce(self.weight.matmul(x))
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """[tokens, in] -> [tokens, out] in `dtype`, by default that of `x`."""
+        y = self.reduce(self.weight.matmul(x, dtype))
         return y if self.bias is None else y.add_(self.bias)
 
 
@@ -103,12 +113,21 @@ class Attention:
     head_dim: int
     window: int | None
 
+    @property
+    def num_heads(self) -> int:
+        """This rank's query heads."""
+        return self.output.weight.in_features // self.head_dim
+
+    @property
+    def num_kv_heads(self) -> int:
+        """This rank's KV heads."""
+        return (self.qkv.weight.out_features // self.head_dim - self.num_heads) // 2
+
     def __call__(
         self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None, layer: int, attend: Attend
     ) -> torch.Tensor:
         """x [tokens, hidden]; angles cos and sin [tokens, 1, dim / 2], or None -> [tokens, hidden]."""
-        heads = self.output.weight.in_features // self.head_dim
-        kv_heads = (self.qkv.weight.out_features // self.head_dim - heads) // 2
+        heads, kv_heads = self.num_heads, self.num_kv_heads
         # [tokens, (heads + 2 kv_heads)/tp, head_dim]
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         turned, value = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]

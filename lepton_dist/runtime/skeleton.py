@@ -13,13 +13,15 @@ from lepton_dist.comm.group import Group
 from lepton_dist.config.sampling import SamplingParams
 from lepton_dist.engine.batch import RunBatch, make_batch
 from lepton_dist.engine.engine import Engine, Scanner
-from lepton_dist.engine.kv_cache import KvCache, KvGeometry, lay_out
+from lepton_dist.engine.kv_cache import CachedAttention, KvCache, KvGeometry, lay_out
 from lepton_dist.engine.request import Request, Sequence
 from lepton_dist.engine.runner import StageRunner, StepResult
 from lepton_dist.engine.scheduler import Chunk
 from lepton_dist.kernels.activations import ACTIVATIONS
+from lepton_dist.kernels.cpu.matmul import MatmulCall, native_product
+from lepton_dist.kernels.cpu.native import native_library
 from lepton_dist.model.config import RopeConfig
-from lepton_dist.model.decoder import Decoder, DecoderLayer, Head
+from lepton_dist.model.decoder import Decoder, DecoderLayer, Head, make_layer
 from lepton_dist.model.layers import Attention, Embedding, Linear, Mlp, Norm
 from lepton_dist.model.rope import RopeTables
 from lepton_dist.parallel.stage import ParallelStage, StageLink
@@ -33,17 +35,21 @@ _DTYPE = torch.bfloat16
 
 
 class FreeWeight:
-    """A matrix [out, in] whose products lie ready."""
+    """A matrix [out, in] whose products lie ready, or are zeros where a compiled layer asks for them."""
 
     def __init__(self, out_features: int, in_features: int) -> None:
         self.out_features, self.in_features = out_features, in_features
+        self._call = MatmulCall(in_=in_features, out=out_features)
+        library = native_library()
+        self.native = None if library is None else native_product(library.lepton_matmul_nothing, self._call)
         self._products: dict[int, torch.Tensor] = {}
 
-    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+    def matmul(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """[tokens, in] -> [tokens, out], the same for every input."""
         product = self._products.get(x.shape[0])
         if product is None:
-            product = self._products[x.shape[0]] = torch.randn(x.shape[0], self.out_features).to(_DTYPE)
+            random = torch.randn(x.shape[0], self.out_features)
+            product = self._products[x.shape[0]] = random.to(dtype or _DTYPE)
         return product
 
 
@@ -81,7 +87,7 @@ class Skeleton:
         paged = lay_out(batch, BLOCK_TOKENS).paged(torch.device("cpu"))
         turned = torch.ones(batch.num_tokens, HEADS + KV_HEADS, HEAD_DIM, dtype=_DTYPE)
         value = torch.ones(batch.num_tokens, KV_HEADS, HEAD_DIM, dtype=_DTYPE)
-        self.cache.attend(paged, layer, turned, value, None, None)
+        CachedAttention(self.cache, paged)(layer, turned, value, None, None)
 
 
 def _layer() -> DecoderLayer:
@@ -97,7 +103,7 @@ def _layer() -> DecoderLayer:
         window=None,
     )
     mlp = Mlp(linear(2 * FFN, HIDDEN), linear(HIDDEN, FFN), ACTIVATIONS["silu"], is_gated=True)
-    return DecoderLayer(_norm(HIDDEN), attention, _norm(HIDDEN), mlp)
+    return make_layer(_norm(HIDDEN), attention, _norm(HIDDEN), mlp, HEAD_DIM)
 
 
 def _norm(size: int) -> Norm:

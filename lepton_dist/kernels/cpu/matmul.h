@@ -79,7 +79,8 @@ static inline PANEL_TARGET int matmul(const struct matmul_call *c, const struct 
                 const int64_t first = b * block_rows, left = rows - first;
                 kind->lay_out(c, from + first, left < block_rows ? left : block_rows, packed + first * kind->row_bytes);
             }
-#pragma omp for schedule(dynamic, 2)
+/* Long runs of panels first, for what is asked for ahead of a panel is the next one; short ones level what is left. */
+#pragma omp for schedule(guided, 2)
             for (int64_t p = 0; p < num_panels(c->out); p++) {
                 const char *panel = (const char *)c->weights + p * kind->panel_bytes;
                 float values[CHUNK_ROWS * PANEL] __attribute__((aligned(64)));

@@ -6,6 +6,8 @@ For CPUs without matrix instructions: torch's own bfloat16 and 8-bit products ar
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,7 +21,7 @@ _QUANTUM = {VectorLevel.NONE: 2, VectorLevel.AVX2: 2, VectorLevel.AVX512: 4}
 """Neighbouring bytes of an int8 weight that are multiplied together."""
 
 
-class _MatmulCall(ctypes.Structure):
+class MatmulCall(ctypes.Structure):
     """`struct matmul_call` of matmul.h."""
 
     _fields_ = (
@@ -29,6 +31,14 @@ class _MatmulCall(ctypes.Structure):
             for name in ("rows", "in_", "out", "x_stride", "y_stride", "x_kind", "y_kind", "threads", "group")
         ),
     )
+
+
+@dataclass(frozen=True)
+class NativeProduct:
+    """A matmul kernel's address, and that of the `struct matmul_call` that tells it of its weights."""
+
+    function: int
+    call: int
 
 
 class PanelWeight:
@@ -56,21 +66,29 @@ class PanelWeight:
         else:
             pack(weight.data_ptr(), KINDS[weight.dtype], *weight.shape, group, panels, threads)
         self._function = getattr(library, f"lepton_matmul_{name}")
-        self._call = _MatmulCall(weights=panels, scales=scales, in_=self.in_features, group=group)
+        self._call = MatmulCall(weights=panels, scales=scales, in_=self.in_features, group=group)
         self._call.out = self._call.y_stride = self.out_features
         self._reference = ctypes.byref(self._call)
+        self.native = native_product(self._function, self._call)
 
-    def matmul(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens, in] float32 or bfloat16, channels side by side -> [tokens, out] in the dtype of `x`."""
-        rows = x.shape[0]
-        y = x.new_empty((rows, self.out_features))
+    def matmul(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """[tokens, in] float32 or bfloat16, channels side by side -> [tokens, out] in `dtype`, or that of `x`."""
+        rows, dtype = x.shape[0], dtype or x.dtype
+        y = torch.empty((rows, self.out_features), dtype=dtype)
         call = self._call
         call.x, call.y, call.rows, call.x_stride = x.data_ptr(), y.data_ptr(), rows, x.stride(0)
-        call.x_kind = call.y_kind = KINDS[x.dtype]
+        call.x_kind, call.y_kind = KINDS[x.dtype], KINDS[dtype]
         call.threads = torch.get_num_threads()
         if self._function(self._reference):
             raise MemoryError(f"no memory for the activations of {rows} tokens x {self.in_features} channels")
         return y
+
+
+def native_product(function: Any, call: ctypes.Structure) -> NativeProduct:
+    """A kernel and a `struct matmul_call` as C sees them; keep the structure."""
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None  # of a function that was found
+    return NativeProduct(address, ctypes.addressof(call))
 
 
 def panel_bytes(kind: str, out_features: int, in_features: int, level: VectorLevel | None = None) -> int:

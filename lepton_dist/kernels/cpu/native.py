@@ -26,6 +26,9 @@ _SIGNATURES = {
     "lepton_gated_silu": "ppiiii",
     "lepton_rotate": "pppiiiiiii",
     "lepton_write_cache": "pppppiiiiiii",
+    "lepton_arg_max": "pppiii",
+    "lepton_attention_half": "pppppii",
+    "lepton_mlp_half": "ppppii",
 }
 
 

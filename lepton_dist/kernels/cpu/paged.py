@@ -25,17 +25,19 @@ class _PagedCall(ctypes.Structure):
 
 def can_attend(query: torch.Tensor, keys: torch.Tensor) -> bool:
     """Whether the compiled kernel is there and takes these shapes and dtypes."""
-    heads, dim = query.shape[1:]
     return (
         query.device.type == "cpu"
         and query.dtype in KINDS
         and keys.dtype in KINDS
         and has_heads_side_by_side(query)
-        and dim % _WIDTH == 0
-        and dim <= _MAX_DIM
-        and heads // keys.shape[1] <= _MAX_ROWS
-        and native_library() is not None
+        and can_attend_with(query.shape[1], keys.shape[1], query.shape[2])
     )
+
+
+def can_attend_with(heads: int, kv_heads: int, head_dim: int) -> bool:
+    """Whether the compiled kernel is there and takes these heads."""
+    has_room = head_dim <= _MAX_DIM and heads // kv_heads <= _MAX_ROWS
+    return head_dim % _WIDTH == 0 and has_room and native_library() is not None
 
 
 class PagedTasks:
@@ -63,6 +65,11 @@ class PagedTasks:
             threads=torch.get_num_threads(),
             level=vector_level(),
         )
+
+    @property
+    def address(self) -> int:
+        """Of the `struct paged_call` of this batch, without tensors."""
+        return ctypes.addressof(self._call)
 
     def attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, output: torch.Tensor, window: int | None

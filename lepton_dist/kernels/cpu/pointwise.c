@@ -3,6 +3,7 @@
  * A kind of 0 is float32, 1 is bfloat16. Everything is computed in float32.
  */
 #if defined(__x86_64__)
+#include "pointwise.h"
 #include "vector.h"
 
 #define SMALL 16384 /* values that one thread handles before a second could have woken up */
@@ -89,5 +90,37 @@ TARGET void lepton_write_cache(
                     narrow(part, count, to[i], cache_kind, at + k0);
                 }
             }
+}
+
+/* For each row of scores float32 [rows, count] the index of its largest, the lowest at a tie -> ids [rows], and that
+   score -> largest [rows]; NaN where one of the scores is NaN. */
+TARGET void lepton_arg_max(const float *scores, float *largest, int64_t *ids, int64_t rows, int64_t count, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * count > 4 * SMALL)
+    for (int64_t r = 0; r < rows; r++) {
+        const float *x = scores + r * count;
+        float most = -INFINITY;
+        int64_t start = 0; /* of the first 1,024 scores that hold the largest */
+        int is_nan = 0;
+        for (int64_t k0 = 0; k0 < count; k0 += 1024) {
+            const int64_t end = count - k0 < 1024 ? count : k0 + 1024;
+            __m256 unlike[4], highest[4];
+            for (int i = 0; i < 4; i++) highest[i] = _mm256_set1_ps(-INFINITY), unlike[i] = _mm256_setzero_ps();
+            int64_t k = k0;
+            for (; k + 32 <= end; k += 32)
+                UNROLL for (int i = 0; i < 4; i++) {
+                    const __m256 here = _mm256_loadu_ps(x + k + 8 * i);
+                    highest[i] = _mm256_max_ps(here, highest[i]);
+                    unlike[i] = _mm256_or_ps(unlike[i], _mm256_cmp_ps(here, here, _CMP_UNORD_Q));
+                }
+            float lanes[32], here = -INFINITY;
+            for (int i = 0; i < 4; i++) _mm256_storeu_ps(lanes + 8 * i, highest[i]), is_nan |= _mm256_movemask_ps(unlike[i]);
+            for (int i = 0; i < 32; i++) here = larger(lanes[i], here);
+            for (; k < end; k++) here = larger(x[k], here), is_nan |= x[k] != x[k];
+            if (here > most) most = here, start = k0;
+        }
+        while (!is_nan && start + 1 < count && x[start] != most) start++;
+        largest[r] = is_nan ? NAN : most;
+        ids[r] = start;
+    }
 }
 #endif

@@ -45,6 +45,15 @@ def gated_silu(library: ctypes.CDLL, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def arg_max(library: ctypes.CDLL, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """scores float32 [rows, n], n at least 1, contiguous -> `Tensor.max(dim=1)`, but at a tie the lowest index."""
+    rows, count = scores.shape
+    largest, ids = scores.new_empty(rows), torch.empty(rows, dtype=torch.int64)
+    places = (scores.data_ptr(), largest.data_ptr(), ids.data_ptr())
+    library.lepton_arg_max(*places, rows, count, torch.get_num_threads())
+    return largest, ids
+
+
 def can_rotate(x: torch.Tensor, half: int) -> bool:
     """Whether the heads of x [tokens, heads, head_dim] lie side by side and are short enough."""
     return has_heads_side_by_side(x) and half <= _MAX_HALF

@@ -1,0 +1,42 @@
+"""Which layers the compiled kernels take whole: those of the Llama kind, with weights in our own panels."""
+
+from __future__ import annotations
+
+from torch.nn import functional
+
+from lepton_dist.kernels.cpu.layer import LayerNorms, LayerSizes, NativeLayer
+from lepton_dist.kernels.cpu.matmul import NativeProduct
+from lepton_dist.model.layers import Attention, Linear, Mlp, Norm
+
+
+def native_layer(
+    attention_norm: Norm, attention: Attention, mlp_norm: Norm, mlp: Mlp, rotated: int
+) -> NativeLayer | None:
+    """The layer as two compiled calls; None where it is of another kind. `rotated` channels of each head turn."""
+    linears = {"qkv": attention.qkv, "output": attention.output, "up": mlp.up, "down": mlp.down}
+    products = _products(linears)
+    is_plain = attention.q_norm is None and attention_norm.bias is None and mlp_norm.bias is None
+    is_silu = mlp.is_gated and mlp.activation is functional.silu
+    if products is None or not (is_plain and is_silu and rotated):
+        return None
+    sizes = LayerSizes(
+        hidden=attention.qkv.weight.in_features,
+        heads=attention.num_heads,
+        kv_heads=attention.num_kv_heads,
+        head_dim=attention.head_dim,
+        ffn=mlp.down.weight.in_features,
+        window=attention.window,
+    )
+    if not NativeLayer.takes(sizes, attention_norm.dtype, rotated):
+        return None
+    norms = LayerNorms(attention_norm.weight, attention_norm.eps, mlp_norm.weight, mlp_norm.eps)
+    return NativeLayer(sizes, norms, products, attention_norm.dtype)
+
+
+def _products(linears: dict[str, Linear]) -> dict[str, NativeProduct] | None:
+    found = {}
+    for name, linear in linears.items():
+        if linear.bias is not None or linear.weight.native is None:
+            return None
+        found[name] = linear.weight.native
+    return found
