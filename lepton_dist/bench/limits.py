@@ -1,41 +1,98 @@
-"""What this machine can do at best: how fast it reads memory and multiplies. Figures are put beside these."""
+"""What the job's machines can do at best, as `profile` measures it. Figures are put beside these."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
+from lepton_dist.bench.workload import Lengths
+from lepton_dist.coordinator.cluster import Cluster, RankProfile
+from lepton_dist.coordinator.stage_cost import WEIGHT_BYTES
+from lepton_dist.model.config import ModelConfig
+from lepton_dist.model.parameters import matrix_kind
+from lepton_dist.plan.plan import Plan
+from lepton_dist.plan.precision import Dtypes
+from lepton_dist.runtime.compute import KINDS, WIDTHS
+from lepton_dist.runtime.controller import Controller
+from lepton_dist.runtime.profiling import make_cluster
 
-from lepton_dist.kernels.linear import make_weight
 
-_SWEEP_BYTES = 1 << 30
-_MATMUL_SIZE = 2048
+def measure_limits(controller: Controller) -> Cluster:
+    """Memory bandwidth, matmul rates and all-reduces of all ranks at work together. No session may be open.
+
+    Raises:
+        RankLostError: a rank did not answer in time.
+    """
+    world = controller.world
+    return make_cluster("bench", world.hosts, world.nodes, controller.examine(kinds=KINDS))
+
+
+def limits_table(cluster: Cluster) -> str:
+    """The limits for people, summed over the ranks."""
+    memory = sum(rank.memory_bytes_per_s for rank in cluster.ranks)
+    lines = [f"limits of {len(cluster.ranks)} rank(s) together", f"  memory read {memory / 1e9:.1f} GB/s"]
+    lines.append(f"  {'matmul GFLOP/s':16}" + "".join(f"{f'{width} rows':>10}" for width in WIDTHS))
+    for kind in KINDS:
+        rates = (sum(rank.matmul.flops_per_s(kind, width) for rank in cluster.ranks) for width in WIDTHS)
+        lines.append(f"  {kind:16}" + "".join(f"{rate / 1e9:10.0f}" for rate in rates))
+    for where, reduce in (("inside a node", cluster.within_reduce), ("over the job", cluster.between_reduce)):
+        if reduce is not None:
+            points = ", ".join(f"{size >> 10} KiB {seconds * 1e6:.0f}" for size, seconds in reduce.seconds)
+            lines.append(f"  all-reduce of {reduce.num_ranks} ranks {where}, us: {points}")
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
-class MachineLimits:
-    """Of the threads that this process may use."""
+class PlanLimits:
+    """The limits of one plan: if nothing but weights, KV cache and matmuls took time, and all ranks always worked.
 
-    read_bytes_per_s: float
-    matmul_flops_per_s: float
+    Of a pipeline with one sequence, or one prompt, one stage works at a time.
+    """
 
+    cluster: Cluster
+    plan: Plan
+    model: ModelConfig
+    dtypes: Dtypes
 
-def measure_limits(dtype: torch.dtype) -> MachineLimits:
-    """The best of a few runs: summing 1 GiB, and a 2048^3 matmul with a packed weight in `dtype`."""
-    read_s = _best(torch.ones(_SWEEP_BYTES // 4, dtype=torch.float32).sum)
-    weight = make_weight(torch.randn(_MATMUL_SIZE, _MATMUL_SIZE).to(dtype))
-    x = torch.randn(_MATMUL_SIZE, _MATMUL_SIZE).to(dtype)
-    matmul_s = _best(lambda: weight.matmul(x))
-    return MachineLimits(_SWEEP_BYTES / read_s, 2 * _MATMUL_SIZE**3 / matmul_s)
+    def prefill(self) -> float:
+        """Tokens/s of one prompt; the head is for its last token alone."""
+        return self._flops_per_s() / (self._turns * 2 * self._layer_weights)
 
+    def decode(self, count: int, context: float) -> float:
+        """Tokens/s of `count` sequences of `context` cached tokens."""
+        layers, head, shape = self._layer_weights, self._head_weights, self.model.shape
+        kind = self.dtypes.weights
+        num_bytes = layers * WEIGHT_BYTES[kind] + head * WEIGHT_BYTES[matrix_kind("head.weight", kind)]
+        token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * WEIGHT_BYTES[self.dtypes.kv_cache]
+        # A sequence is in one replica, and a batch of a pipeline in one stage: each of them reads its weights anew.
+        reads = self._turns * num_bytes + count * context * token
+        rate = sum(rank.memory_bytes_per_s for rank in self._ranks())
+        return count / max(reads / rate, 2 * (layers + head) * count / self._flops_per_s())
 
-def _best(call: Callable[[], object], repeats: int = 5) -> float:
-    call()
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best
+    def offline(self, lengths: Iterable[Lengths]) -> float:
+        """Tokens/s of output, by the operations alone."""
+        items = list(lengths)
+        tokens, drawn = sum(item.prompt + item.output for item in items), sum(item.output for item in items)
+        return drawn * self._flops_per_s() / (2 * (self._layer_weights * tokens + self._head_weights * drawn))
+
+    @property
+    def _turns(self) -> int:
+        return len(self.plan.replicas) * max(len(replica.stages) for replica in self.plan.replicas)
+
+    @property
+    def _layer_weights(self) -> int:
+        shape = self.model.shape
+        attention = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
+        return shape.num_layers * shape.hidden * (attention + (3 if self.model.is_gated else 2) * shape.ffn)
+
+    @property
+    def _head_weights(self) -> int:
+        return self.model.shape.vocab * self.model.shape.hidden
+
+    def _ranks(self) -> list[RankProfile]:
+        used = {rank for replica in self.plan.replicas for rank in replica.ranks}
+        return [rank for rank in self.cluster.ranks if rank.rank in used]
+
+    def _flops_per_s(self) -> float:
+        kind = self.dtypes.weights
+        return sum(max(rank.matmul.flops_per_s(kind, width) for width in WIDTHS) for rank in self._ranks())

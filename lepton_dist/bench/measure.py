@@ -7,12 +7,14 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lepton_dist.bench.limits import MachineLimits
+from lepton_dist.bench.limits import PlanLimits
 from lepton_dist.bench.memory import PeakMemory, rank_pids
 from lepton_dist.bench.workload import Lengths, equal_lengths, make_requests, offline_lengths
+from lepton_dist.coordinator.cluster import Cluster
 from lepton_dist.engine.request import Request
 from lepton_dist.errors import LeptonError
 from lepton_dist.plan.plan import Plan
+from lepton_dist.plan.precision import decide_dtypes
 from lepton_dist.runtime.blueprint import Blueprint
 from lepton_dist.runtime.controller import Controller
 from lepton_dist.runtime.opening import ModelRequest, open_model
@@ -69,11 +71,11 @@ class Measurement:
         """End the session."""
         self._controller.close()
 
-    def case(self, name: str, repeats: int, limits: MachineLimits | None) -> Figure:
-        """The figure of one case."""
+    def case(self, name: str, repeats: int, cluster: Cluster) -> Figure:
+        """The figure of one case, and what the machines of `cluster` could reach at best."""
         self._memory.reset()
         values = [self._once(name) for _ in range(repeats)]
-        limit = None if limits is None else self._limit(name, limits)
+        limit = self._limit(name, cluster)
         middle = statistics.median(values)
         return Figure(name, middle, min(values), max(values), "tokens/s", limit, self._memory.bytes())
 
@@ -112,25 +114,19 @@ class Measurement:
                 _check_length(wanted[key], len(output.completions[0].token_ids))
         return time.perf_counter() - start
 
-    def _limit(self, name: str, limits: MachineLimits) -> float | None:
-        """Tokens/s if nothing but the weights (and, in decoding, the KV cache) took time; on one replica's ranks."""
-        weights = self._weights()
-        if name == "prefill":
-            return limits.matmul_flops_per_s / (2 * weights)
-        if name not in DECODES:
+    def _limit(self, name: str, cluster: Cluster) -> float | None:
+        """None on GPUs, which `profile` does not measure."""
+        if any(ready.device != "cpu" for ready in self._controller.ready.values()):
             return None
-        count, context = DECODES[name]
-        shape = self._blueprint.config.shape
-        kv = count * (context + self._output_tokens / 2) * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
-        step_s = 2 * (weights + kv) / limits.read_bytes_per_s
-        compute_s = 2 * weights * count / limits.matmul_flops_per_s
-        return count / max(step_s, compute_s)
-
-    def _weights(self) -> int:
-        """Weights that a token is multiplied with: all but the embedding's rows."""
-        total = sum(tensor.num_bytes // tensor.dtype.itemsize for tensor in self._blueprint.index.tensors.values())
-        shape = self._blueprint.config.shape
-        return total - (0 if self._blueprint.config.is_tied else shape.vocab * shape.hidden)
+        config, plan = self._blueprint.config, self._blueprint.plan
+        dtypes = decide_dtypes(plan.precision, None, config.dtype)
+        limits = PlanLimits(cluster, plan, config, dtypes)
+        if name == "prefill":
+            return limits.prefill()
+        if name == "offline":
+            return limits.offline(offline_lengths())
+        count, context = DECODES["decode b8" if name == SAMPLED else name]
+        return limits.decode(count, context + self._output_tokens / 2)
 
 
 def _check_length(request: Request, length: int) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from lepton_dist.bench.limits import MachineLimits, measure_limits
+from lepton_dist.bench.limits import limits_table, measure_limits
 from lepton_dist.bench.measure import CASES, DECODES, MORE_CASES, Figure, Measurement
 from lepton_dist.bench.peer import PEERS, PeerOrder, measure_peer, missing_peer
 from lepton_dist.bench.plot import check_plotting, write_plot
 from lepton_dist.bench.settings import parse_setting
 from lepton_dist.bench.shapes import SHAPES, shaped_model
+from lepton_dist.coordinator.cluster import Cluster
 from lepton_dist.errors import UsageError
 from lepton_dist.plan.plan import Plan
 from lepton_dist.runtime.controller import Controller
@@ -62,12 +63,18 @@ def _bench(controller: Controller, options: argparse.Namespace, cases: list[str]
     model = options.model or str(shaped_model(options.shape, Path(options.folder)))
     given = plan or Plan.default(controller.world.nodes)
     plans = {setting.name: setting.over(given) for setting in settings}  # all are right before one is measured
+    cluster = measure_limits(controller)
+    _show(limits_table(cluster))
     table: dict[str, list[Figure]] = {}
     for name, chosen in plans.items():
-        table[name] = _measure(controller, options, cases, chosen, model)
+        table[name] = _measure(controller, options, cases, chosen, model, cluster)
+        _show(_figures_table(name, table[name]))
     if options.peer:
-        table.update(_measure_peer(controller, options, cases, model))
-    _print(table)
+        for name, figures in _measure_peer(controller, options, cases, model).items():
+            table[name] = figures
+            _show(_figures_table(name, figures))
+    if len(table) > 1:
+        _show(_comparison(table))
     if options.json:
         _write_json(Path(options.json), model, table)
     if options.plot:
@@ -81,13 +88,12 @@ def _measure(
     cases: list[str],
     plan: Plan,
     model: str,
+    cluster: Cluster,
 ) -> list[Figure]:
     request = ModelRequest(model, plan, threads=options.threads)
     measurement = Measurement(controller, request, plan, options.output_tokens)
-    # Measured with this rank's threads: comparable to a plan whose ranks together use the same cores.
-    limits: MachineLimits | None = measure_limits(torch.bfloat16) if controller.world.size == 1 else None
     figures = [measurement.load]
-    figures += [measurement.case(case, options.repeats, limits) for case in cases]
+    figures += [measurement.case(case, options.repeats, cluster) for case in cases]
     measurement.close()
     return figures
 
@@ -107,15 +113,31 @@ def _measure_peer(
     return {f"{options.peer}, {threads} thread(s)": measure_peer(order, controller.advance)}
 
 
-def _print(table: dict[str, list[Figure]]) -> None:
-    for name, figures in table.items():
-        print(f"{name}\n  {'case':12}{'median':>10}{'lowest':>10}{'highest':>10}  unit      peak MiB  of the limit")
-        for figure in figures:
-            share = "" if figure.share is None else f"{figure.share:.2f} of {figure.limit:.1f}"
-            values = f"{figure.value:10.1f}{figure.lowest:10.1f}{figure.highest:10.1f}"
-            peak = "" if figure.peak_bytes is None else f"{figure.peak_bytes / 2**20:.0f}"
-            print(f"  {figure.case:12}{values}  {figure.unit:8}  {peak:>8}  {share}")
+def _show(text: str) -> None:
+    """At once: what is measured stands there, whatever ends the job."""
+    print(text)
     sys.stdout.flush()
+
+
+def _figures_table(name: str, figures: list[Figure]) -> str:
+    lines = [f"{name}\n  {'case':12}{'median':>10}{'lowest':>10}{'highest':>10}  unit      peak MiB  of the limit"]
+    for figure in figures:
+        share = "" if figure.share is None else f"{figure.share:.2f} of {figure.limit:.1f}"
+        values = f"{figure.value:10.1f}{figure.lowest:10.1f}{figure.highest:10.1f}"
+        peak = "" if figure.peak_bytes is None else f"{figure.peak_bytes / 2**20:.0f}"
+        lines.append(f"  {figure.case:12}{values}  {figure.unit:8}  {peak:>8}  {share}")
+    return "\n".join(lines)
+
+
+def _comparison(table: dict[str, list[Figure]]) -> str:
+    """Every setting's medians, and in brackets how many times those of the first."""
+    first = {figure.case: figure.value for figure in next(iter(table.values()))}
+    width = max(map(len, table)) + 2
+    lines = ["medians (times the first)", f"  {'':{width}}" + "".join(f"{case:>18}" for case in first)]
+    for name, figures in table.items():
+        found = {figure.case: f"{figure.value:.1f} ({figure.value / first[figure.case]:.2f})" for figure in figures}
+        lines.append(f"  {name:{width}}" + "".join(f"{found.get(case, ''):>18}" for case in first))
+    return "\n".join(lines)
 
 
 def _write_json(path: Path, model: str, table: dict[str, list[Figure]]) -> None:

@@ -54,7 +54,8 @@ int lepton_attention_half(
     lepton_rotate(qkv, at->cos, at->sin, rows, l->heads + l->kv_heads, l->dim, at->half, stride, l->kind, threads);
     const char *key = qkv + queries * size, *value = key + keys * size;
     lepton_write_cache(
-        key, value, at->slots, at->keys, at->values, rows, l->kv_heads, l->dim, at->block_tokens, stride, l->kind, at->cache_kind
+        key, value, at->slots, at->keys, at->values, rows, l->kv_heads, l->dim, at->block_tokens, stride, l->kind,
+        at->cache_kind, threads
     );
     struct paged_call c = *at->tasks;
     c.query = qkv, c.keys = at->keys, c.values = at->values, c.output = mixed;

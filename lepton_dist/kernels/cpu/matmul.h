@@ -8,7 +8,7 @@
 #define PANEL 16
 #define PANEL_TARGET TARGET
 #endif
-#define CHUNK_ROWS 264    /* rows of x that go over the weights together: they stay in the cache meanwhile */
+#define CHUNK_ROWS 516    /* rows of x that go over the weights together: they stay in the cache meanwhile */
 #define READ_AHEAD_ROWS 6 /* of x from which weights are asked for ahead of need: fewer wait for memory all the time */
 
 /* x [rows, in] and y [rows, out]; a kind of 0 is float32, 1 is bfloat16. Strides are in elements. */
@@ -80,7 +80,7 @@ static inline PANEL_TARGET int matmul(const struct matmul_call *c, const struct 
                 kind->lay_out(c, from + first, left < block_rows ? left : block_rows, packed + first * kind->row_bytes);
             }
 /* Long runs of panels first, for what is asked for ahead of a panel is the next one; short ones level what is left. */
-#pragma omp for schedule(guided, 2)
+#pragma omp for schedule(guided, 1)
             for (int64_t p = 0; p < num_panels(c->out); p++) {
                 const char *panel = (const char *)c->weights + p * kind->panel_bytes;
                 float values[CHUNK_ROWS * PANEL] __attribute__((aligned(64)));

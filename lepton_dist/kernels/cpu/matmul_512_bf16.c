@@ -7,7 +7,7 @@
 #if defined(HAS_AVX512) && defined(__x86_64__)
 #include "matmul_512.h"
 
-#define PAIR_DEPTH 512 /* k at a time: 512 x 32 weights stay in the second cache */
+#define PAIR_DEPTH 1024 /* k at a time: the sums of a block stay in registers meanwhile */
 
 /* x [pairs][rows][2] times a panel [pairs][32][2], added to values [rows][32], or put there when it is the first. */
 INLINE TARGET_512 void multiply(

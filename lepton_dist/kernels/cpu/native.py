@@ -25,7 +25,7 @@ _SIGNATURES = {
     "lepton_rms_norm": "ppppiiifi",
     "lepton_gated_silu": "ppiiii",
     "lepton_rotate": "pppiiiiiii",
-    "lepton_write_cache": "pppppiiiiiii",
+    "lepton_write_cache": "pppppiiiiiiii",
     "lepton_arg_max": "pppiii",
     "lepton_attention_half": "pppppii",
     "lepton_mlp_half": "ppppii",

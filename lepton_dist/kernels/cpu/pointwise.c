@@ -35,18 +35,37 @@ TARGET void lepton_rms_norm(
     }
 }
 
-/* x [rows, 2 ffn] holds gate, then up: silu(gate) * up -> y [rows, ffn]. */
-TARGET void lepton_gated_silu(const void *x, void *y, int64_t rows, int64_t ffn, int64_t kind, int64_t threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * ffn > SMALL)
-    for (int64_t i = 0; i < rows * ((ffn + 63) / 64); i++) {
-        const int64_t r = i / ((ffn + 63) / 64), k0 = i % ((ffn + 63) / 64) * 64;
-        const int64_t count = ffn - k0 < 64 ? ffn - k0 : 64;
-        float gate[64], up[64];
-        widen(x, kind, r * 2 * ffn + k0, count, gate);
-        widen(x, kind, r * 2 * ffn + ffn + k0, count, up);
-        for (int64_t k = 0; k < count; k++) gate[k] = gate[k] / (1.0f + exp_of(-gate[k])) * up[k];
-        narrow(gate, count, y, kind, r * ffn + k0);
+/* Up to 64 values from index k of row r of x [rows, 2 ffn], which holds gate, then up: silu(gate) * up -> y [rows, ffn]. */
+INLINE void gate_some(const void *x, void *y, int64_t r, int64_t k, int64_t ffn, int64_t kind) {
+    const int64_t count = ffn - k < 64 ? ffn - k : 64;
+    float gate[64], up[64];
+    widen(x, kind, r * 2 * ffn + k, count, gate);
+    widen(x, kind, r * 2 * ffn + ffn + k, count, up);
+    for (int64_t i = 0; i < count; i++) gate[i] = gate[i] / (1.0f + exp_of(-gate[i])) * up[i];
+    narrow(gate, count, y, kind, r * ffn + k);
+}
+
+/* The same code for either width of vectors. */
+#define GATE_ALL(NAME, INSTRUCTIONS) \
+    static INSTRUCTIONS void NAME(const void *x, void *y, int64_t rows, int64_t ffn, int64_t kind, int64_t threads) { \
+        const int64_t parts = (ffn + 63) / 64; \
+        _Pragma("omp parallel for schedule(static) num_threads(threads) if (rows * ffn > SMALL)") \
+        for (int64_t i = 0; i < rows * parts; i++) gate_some(x, y, i / parts, i % parts * 64, ffn, kind); \
     }
+GATE_ALL(gate_all, TARGET)
+#if defined(HAS_AVX512)
+GATE_ALL(gate_all_512, TARGET_512)
+#endif
+
+/* All of x [rows, 2 ffn] -> y [rows, ffn]. */
+void lepton_gated_silu(const void *x, void *y, int64_t rows, int64_t ffn, int64_t kind, int64_t threads) {
+#if defined(HAS_AVX512)
+    if (lepton_vector_level() == AVX512) {
+        gate_all_512(x, y, rows, ffn, kind, threads);
+        return;
+    }
+#endif
+    gate_all(x, y, rows, ffn, kind, threads);
 }
 
 /* Rotate the first 2 * half channels of each of the first `heads` heads of x [rows, stride], in place, by
@@ -74,10 +93,11 @@ TARGET void lepton_rotate(
    arenas [blocks, heads, block_tokens, dim]. */
 TARGET void lepton_write_cache(
     const void *key, const void *value, const int64_t *slots, void *keys, void *values, int64_t rows, int64_t heads,
-    int64_t dim, int64_t block_tokens, int64_t stride, int64_t kind, int64_t cache_kind
+    int64_t dim, int64_t block_tokens, int64_t stride, int64_t kind, int64_t cache_kind, int64_t threads
 ) {
     const void *from[2] = {key, value};
     void *to[2] = {keys, values};
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * heads * dim > SMALL)
     for (int64_t r = 0; r < rows; r++)
         for (int i = 0; i < 2; i++)
             for (int64_t h = 0; h < heads; h++) {

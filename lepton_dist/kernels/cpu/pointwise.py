@@ -79,4 +79,4 @@ def write_cache(
     """
     places = (key.data_ptr(), value.data_ptr(), slots.data_ptr(), keys.data_ptr(), values.data_ptr())
     kinds = (KINDS[key.dtype], KINDS[keys.dtype])
-    library.lepton_write_cache(*places, *key.shape, keys.shape[2], key.stride(0), *kinds)
+    library.lepton_write_cache(*places, *key.shape, keys.shape[2], key.stride(0), *kinds, torch.get_num_threads())

@@ -182,3 +182,14 @@ def test_a_view_with_a_row_stride_is_read_in_place() -> None:
     wide[:, :64] = x
     form = make_weight(weight.bfloat16(), "int8")
     assert torch.equal(form.matmul(wide[:, :64]), form.matmul(x))
+
+
+@at_each_level
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+def test_a_result_wider_than_its_input(kind: str, level: VectorLevel) -> None:
+    """Logits are float32 without a rounding on their way."""
+    torch.manual_seed(0)
+    form, x = PanelWeight(torch.randn(50, 70).bfloat16(), kind, level), torch.randn(3, 70).bfloat16()
+    wide = form.matmul(x, torch.float32)
+    assert wide.dtype == torch.float32 and not torch.equal(wide, wide.bfloat16().float())
+    assert torch.equal(wide.bfloat16(), form.matmul(x))

@@ -1,0 +1,101 @@
+"""A layer in two compiled calls gives the bits of the same layer, kernel by kernel."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional
+
+from lepton_dist.engine.batch import RunBatch
+from lepton_dist.engine.kv_cache import CachedAttention, KvCache, KvGeometry, lay_out
+from lepton_dist.kernels.activations import ACTIVATIONS
+from lepton_dist.kernels.cpu.matmul import PanelWeight
+from lepton_dist.kernels.cpu.native import native_library
+from lepton_dist.kernels.linear import make_weight
+from lepton_dist.model.decoder import DecoderLayer, make_layer
+from lepton_dist.model.layers import Attention, Linear, Mlp, Norm
+from lepton_dist.runtime.skeleton import decode_batch, prefill_batch
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, BLOCK_TOKENS = 96, 6, 2, 32, 160, 16
+
+pytestmark = pytest.mark.skipif(native_library() is None, reason="the compiled kernels were not built")
+
+
+def linear(out_features: int, in_features: int, kind: str, bias: bool = False) -> Linear:
+    weight = torch.randn(out_features, in_features) / in_features**0.5
+    held = make_weight(weight) if kind == "float32" else PanelWeight(weight.bfloat16(), kind)
+    return Linear(held, torch.zeros(out_features) if bias else None, lambda x: x)
+
+
+def layer(
+    kind: str, dtype: torch.dtype, *, window: int | None = None, bias: bool = False, rotated: int = 32
+) -> DecoderLayer:
+    torch.manual_seed(0)
+    norms = [Norm(torch.rand(HIDDEN) + 0.5, None, 1e-5, dtype) for _ in range(2)]
+    attention = Attention(
+        qkv=linear((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN, kind, bias),
+        q_norm=None,
+        k_norm=None,
+        output=linear(HIDDEN, HEADS * HEAD_DIM, kind),
+        head_dim=HEAD_DIM,
+        window=window,
+    )
+    mlp = Mlp(linear(2 * FFN, HIDDEN, kind), linear(HIDDEN, FFN, kind), ACTIVATIONS["silu"], is_gated=True)
+    return make_layer(norms[0], attention, norms[1], mlp, rotated)
+
+
+def run(made: DecoderLayer, batch: RunBatch, cache_dtype: torch.dtype, with_delta: bool) -> tuple[torch.Tensor, ...]:
+    """The layer's delta, the residual stream, and the cache, of inputs that are always the same."""
+    torch.manual_seed(1)
+    cache = KvCache(KvGeometry(1, KV_HEADS, HEAD_DIM, BLOCK_TOKENS, cache_dtype), 40)
+    layout = lay_out(batch, BLOCK_TOKENS)
+    keys, values = cache.arenas(0)
+    keys.normal_(), values.normal_()
+    hidden = torch.randn(batch.num_tokens, HIDDEN)
+    dtype = made.attention_norm.dtype
+    delta = torch.randn(batch.num_tokens, HIDDEN).to(dtype) if with_delta else None
+    half = torch.rand(batch.num_tokens, 1, HEAD_DIM // 2) * 6
+    attend = CachedAttention(cache, layout.paged(torch.device("cpu")))
+    result = made(hidden, delta, (half.cos(), half.sin()), 0, attend)
+    return result, hidden, keys, values
+
+
+@pytest.mark.parametrize("with_delta", [False, True])
+@pytest.mark.parametrize(
+    "batch", [decode_batch(1, 30), decode_batch(5, 47), prefill_batch(70)], ids=["1", "5", "prompt"]
+)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "cache_dtype", "window"),
+    [
+        ("bfloat16", torch.bfloat16, torch.bfloat16, None),
+        ("bfloat16", torch.bfloat16, torch.float32, 20),
+        ("int8", torch.bfloat16, torch.bfloat16, None),
+        ("int4", torch.float32, torch.bfloat16, None),
+    ],
+)
+def test_the_bits_are_those_of_the_kernels_one_by_one(
+    kind: str, dtype: torch.dtype, cache_dtype: torch.dtype, window: int | None, batch: RunBatch, with_delta: bool
+) -> None:
+    made = layer(kind, dtype, window=window)
+    assert made.native is not None
+    whole = run(made, batch, cache_dtype, with_delta)
+    parts = run(replace(made, native=None), batch, cache_dtype, with_delta)
+    for mine, wanted in zip(whole, parts, strict=True):
+        assert mine.dtype == wanted.dtype and torch.equal(mine, wanted)
+    assert whole[0].float().abs().max() > 0.1, "nothing was computed"
+
+
+def test_layers_of_another_kind_are_left_to_the_kernels_one_by_one() -> None:
+    assert layer("bfloat16", torch.bfloat16, bias=True).native is None
+    assert layer("float32", torch.float32).native is None, "torch's own matrices are not ours to multiply"
+    assert layer("bfloat16", torch.bfloat16, rotated=0).native is None
+    made = layer("bfloat16", torch.bfloat16)
+    for other in ({"activation": functional.gelu}, {"is_gated": False}):
+        mlp = replace(made.mlp, **other)
+        assert make_layer(made.attention_norm, made.attention, made.mlp_norm, mlp, 32).native is None
+    normed = replace(made.attention, q_norm=made.mlp_norm, k_norm=made.mlp_norm)
+    assert make_layer(made.attention_norm, normed, made.mlp_norm, made.mlp, 32).native is None
+    with_bias = replace(made.mlp_norm, bias=torch.zeros(HIDDEN))
+    assert make_layer(made.attention_norm, made.attention, with_bias, made.mlp, 32).native is None
