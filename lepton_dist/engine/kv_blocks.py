@@ -1,7 +1,8 @@
 """Bookkeeping of KV blocks: who holds which, and which hold a prefix that others can reuse. Pure.
 
 A full block is known by a hash chained over all the tokens up to its end, so equal keys mean equal prefixes
-(automatic prefix caching as in vLLM). Freed blocks keep their content until they are needed, oldest first.
+(automatic prefix caching as in vLLM). Freed blocks keep their content until they are needed, oldest first; those
+without a prefix go first.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ class KvBlocks:
             self._holders[block] -= 1
             if self._holders[block] == 0:
                 self._free[block] = None
+                if self._key_of[block] is None:  # nothing to keep, and its memory is warm: the next to be used
+                    self._free.move_to_end(block, last=False)
         sequence.block_table.clear()
         sequence.num_computed = 0
 
