@@ -17,14 +17,16 @@ from lepton_dist.runtime.controller import Controller
 from lepton_dist.runtime.profiling import make_cluster
 
 
-def measure_limits(controller: Controller) -> Cluster:
+def measure_limits(controller: Controller, threads: int = 0) -> Cluster:
     """Memory bandwidth, matmul rates and all-reduces of all ranks at work together. No session may be open.
+
+    `threads` are those of each rank, 0 for the job's.
 
     Raises:
         RankLostError: a rank did not answer in time.
     """
     world = controller.world
-    return make_cluster("bench", world.hosts, world.nodes, controller.examine(kinds=KINDS))
+    return make_cluster("bench", world.hosts, world.nodes, controller.examine(kinds=KINDS, threads=threads))
 
 
 def limits_table(cluster: Cluster) -> str:

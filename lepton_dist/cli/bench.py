@@ -63,7 +63,7 @@ def _bench(controller: Controller, options: argparse.Namespace, cases: list[str]
     model = options.model or str(shaped_model(options.shape, Path(options.folder)))
     given = plan or Plan.default(controller.world.nodes)
     plans = {setting.name: setting.over(given) for setting in settings}  # all are right before one is measured
-    cluster = measure_limits(controller)
+    cluster = measure_limits(controller, options.threads)
     _show(limits_table(cluster))
     table: dict[str, list[Figure]] = {}
     for name, chosen in plans.items():
