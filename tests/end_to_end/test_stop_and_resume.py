@@ -45,11 +45,14 @@ def test_five_kills_of_the_whole_job(undisturbed: Undisturbed, tmp_path: Path) -
     output = tmp_path / "out.jsonl"
     for ranks, mesh, phase in STARTS:
         before = num_lines(output)
-        words = generate(MODEL, undisturbed.source, output, *SETTINGS, "--plan", plan(tmp_path / "plan.yaml", mesh))
+        # Few rows at once, so that the kill meets the job among them however fast the machine is.
+        engine = {"max_sequences": 2} if phase == "rows" else {}
+        settings = plan(tmp_path / "plan.yaml", mesh, **engine)
+        words = generate(MODEL, undisturbed.source, output, *SETTINGS, "--plan", settings)
         with started(words, ranks=ranks) as job:
             if phase == "rows":
                 wait_for(lambda before=before: num_lines(output) > before, job, "more rows")
-                time.sleep(moments.uniform(0.0, 0.6))
+                time.sleep(moments.uniform(0.0, 0.3))
             else:
                 time.sleep(moments.uniform(0.2, 4.0))
             assert job.process.poll() is None, job.stderr
