@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from lepton_dist.bench.workload import Lengths
 from lepton_dist.coordinator.cluster import Cluster, RankProfile
-from lepton_dist.coordinator.stage_cost import WEIGHT_BYTES
-from lepton_dist.model.config import ModelConfig
-from lepton_dist.model.parameters import matrix_kind
-from lepton_dist.plan.plan import Plan
-from lepton_dist.plan.precision import Dtypes
+from lepton_dist.coordinator.stage_cost import WEIGHT_BYTES, ModelCost
+from lepton_dist.plan.placement import Seat, seats
+from lepton_dist.plan.plan import Plan, Replica, Stage
 from lepton_dist.runtime.compute import KINDS, WIDTHS
 from lepton_dist.runtime.controller import Controller
 from lepton_dist.runtime.profiling import make_cluster
@@ -53,8 +52,7 @@ class PlanLimits:
 
     cluster: Cluster
     plan: Plan
-    model: ModelConfig
-    dtypes: Dtypes
+    model: ModelCost
 
     def prefill(self) -> float:
         """Tokens/s of one prompt; the head is for its last token alone."""
@@ -62,12 +60,10 @@ class PlanLimits:
 
     def decode(self, count: int, context: float) -> float:
         """Tokens/s of `count` sequences of `context` cached tokens."""
-        layers, head, shape = self._layer_weights, self._head_weights, self.model.shape
-        kind = self.dtypes.weights
-        num_bytes = layers * WEIGHT_BYTES[kind] + head * WEIGHT_BYTES[matrix_kind("head.weight", kind)]
-        token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * WEIGHT_BYTES[self.dtypes.kv_cache]
+        layers, head, model = self._layer_weights, self._head_weights, self.model
+        num_bytes = layers * WEIGHT_BYTES[model.dtypes.weights] + head * WEIGHT_BYTES[model.head_dtype]
         # A sequence is in one replica, and a batch of a pipeline in one stage: each of them reads its weights anew.
-        reads = self._turns * num_bytes + count * context * token
+        reads = self._turns * num_bytes + count * context * model.kv_token_bytes(self._whole)
         rate = sum(rank.memory_bytes_per_s for rank in self._ranks())
         return count / max(reads / rate, 2 * (layers + head) * count / self._flops_per_s())
 
@@ -81,20 +77,24 @@ class PlanLimits:
     def _turns(self) -> int:
         return len(self.plan.replicas) * max(len(replica.stages) for replica in self.plan.replicas)
 
+    @cached_property
+    def _whole(self) -> Seat:
+        """Of a rank that held the whole model."""
+        alone = Plan(replicas=(Replica((Stage((0,)),)),))
+        return seats(alone.resolve(self.model.shape, 1), self.model.shape)[0]
+
     @property
     def _layer_weights(self) -> int:
-        shape = self.model.shape
-        attention = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
-        return shape.num_layers * shape.hidden * (attention + (3 if self.model.is_gated else 2) * shape.ffn)
+        return len(self._whole.layers) * self.model.layer_weights(self._whole)
 
     @property
     def _head_weights(self) -> int:
-        return self.model.shape.vocab * self.model.shape.hidden
+        return self.model.vocab_weights(self._whole)
 
     def _ranks(self) -> list[RankProfile]:
         used = {rank for replica in self.plan.replicas for rank in replica.ranks}
         return [rank for rank in self.cluster.ranks if rank.rank in used]
 
     def _flops_per_s(self) -> float:
-        kind = self.dtypes.weights
+        kind = self.model.dtypes.weights
         return sum(max(rank.matmul.flops_per_s(kind, width) for width in WIDTHS) for rank in self._ranks())

@@ -11,6 +11,7 @@ from lepton_dist.bench.limits import PlanLimits
 from lepton_dist.bench.memory import PeakMemory, rank_pids
 from lepton_dist.bench.workload import Lengths, equal_lengths, make_requests, offline_lengths
 from lepton_dist.coordinator.cluster import Cluster
+from lepton_dist.coordinator.stage_cost import ModelCost
 from lepton_dist.engine.request import Request
 from lepton_dist.errors import LeptonError
 from lepton_dist.plan.plan import Plan
@@ -119,8 +120,7 @@ class Measurement:
         if any(ready.device != "cpu" for ready in self._controller.ready.values()):
             return None
         config, plan = self._blueprint.config, self._blueprint.plan
-        dtypes = decide_dtypes(plan.precision, None, config.dtype)
-        limits = PlanLimits(cluster, plan, config, dtypes)
+        limits = PlanLimits(cluster, plan, ModelCost.of(config, decide_dtypes(plan.precision, None, config.dtype)))
         if name == "prefill":
             return limits.prefill()
         if name == "offline":

@@ -52,7 +52,7 @@ def test_five_kills_of_the_whole_job(undisturbed: Undisturbed, tmp_path: Path) -
         with started(words, ranks=ranks) as job:
             if phase == "rows":
                 wait_for(lambda before=before: num_lines(output) > before, job, "more rows")
-                time.sleep(moments.uniform(0.0, 0.3))
+                time.sleep(moments.uniform(0.0, 0.6))
             else:
                 time.sleep(moments.uniform(0.2, 4.0))
             assert job.process.poll() is None, job.stderr

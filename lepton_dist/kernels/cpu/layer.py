@@ -11,10 +11,10 @@ import torch
 from lepton_dist.kernels.cpu.matmul import NativeProduct
 from lepton_dist.kernels.cpu.native import KINDS, native_library
 from lepton_dist.kernels.cpu.paged import PagedTasks, can_attend_with
+from lepton_dist.kernels.cpu.pointwise import MAX_HALF
 
 PRODUCTS = ("qkv", "output", "up", "down")
 """The matmuls of a layer."""
-_MAX_ROTATED = 512  # channels of a head, as in pointwise.c
 
 
 class _Layer(ctypes.Structure):
@@ -107,7 +107,7 @@ class NativeLayer:
         """Whether the kernels are there and take these shapes; `rotated` channels of each head turn."""
         is_whole = sizes.kv_heads > 0 and sizes.heads % sizes.kv_heads == 0
         heads = sizes.heads, sizes.kv_heads, sizes.head_dim
-        return dtype in KINDS and is_whole and rotated <= _MAX_ROTATED and can_attend_with(*heads)
+        return dtype in KINDS and is_whole and rotated <= 2 * MAX_HALF and can_attend_with(*heads)
 
     @staticmethod
     def can_enter(arenas: tuple[torch.Tensor, torch.Tensor]) -> bool:

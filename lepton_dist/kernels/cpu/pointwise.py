@@ -11,7 +11,8 @@ import torch
 
 from lepton_dist.kernels.cpu.native import KINDS, has_heads_side_by_side, native_library
 
-_MAX_HALF = 256  # channels of half a head, as in pointwise.c
+MAX_HALF = 256
+"""Channels of half a head that can be rotated, as in pointwise.c."""
 
 
 def library_for(*tensors: torch.Tensor) -> ctypes.CDLL | None:
@@ -56,7 +57,7 @@ def arg_max(library: ctypes.CDLL, scores: torch.Tensor) -> tuple[torch.Tensor, t
 
 def can_rotate(x: torch.Tensor, half: int) -> bool:
     """Whether the heads of x [tokens, heads, head_dim] lie side by side and are short enough."""
-    return has_heads_side_by_side(x) and half <= _MAX_HALF
+    return has_heads_side_by_side(x) and half <= MAX_HALF
 
 
 def rotate(library: ctypes.CDLL, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:

@@ -8,11 +8,12 @@ import pytest
 
 from lepton_dist.bench.limits import PlanLimits, limits_table
 from lepton_dist.bench.workload import Lengths
-from lepton_dist.coordinator.cluster import AllReduce, Cluster, Link, Matmul, RankProfile
-from lepton_dist.model.config import ModelConfig
+from lepton_dist.coordinator.cluster import AllReduce, Cluster, Link, Matmul
+from lepton_dist.coordinator.stage_cost import ModelCost
 from lepton_dist.plan.axes import ModelShape
 from lepton_dist.plan.plan import Plan, Replica, Stage
 from lepton_dist.plan.precision import Dtypes
+from tests.unit.coordinator.test_cluster import PROFILE
 
 LAYER_WEIGHTS, HEAD_WEIGHTS = 4 * 128 * (2 * (8 + 2) * 16 + 3 * 512), 1000 * 128
 TOKEN_BYTES = 2 * 4 * 2 * 16 * 2
@@ -20,40 +21,14 @@ TOKEN_BYTES = 2 * 4 * 2 * 16 * 2
 
 def cluster(num_ranks: int) -> Cluster:
     rates = {"bfloat16": ((1, 1e9), (512, 8e9)), "int8": ((1, 2e9), (512, 16e9))}
-    rank = RankProfile(
-        rank=0,
-        host="a",
-        node=0,
-        device="cpu",
-        threads=1,
-        memory_bytes=1 << 30,
-        memory_bytes_per_s=1e9,
-        matmul=Matmul(rates),
-        attention_bytes_per_s=1e9,
-        attention_flops_per_s=1e9,
-        step_s=0.0,
-        layer_s=0.0,
-        sequence_s=0.0,
-        element_s=0.0,
-        logit_s=0.0,
-    )
+    rank = replace(PROFILE, memory_bytes_per_s=1e9, matmul=Matmul(rates))
     link = Link(1e-6, 1e9)
     reduce = AllReduce(num_ranks, ((2048, 4e-6), (16384, 9e-6)))
     ranks = tuple(replace(rank, rank=index) for index in range(num_ranks))
     return Cluster("test", ranks, link, link, {}, reduce if num_ranks > 1 else None, None)
 
 
-CONFIG = ModelConfig(
-    family="llama",
-    shape=ModelShape(4, 128, 8, 2, 16, 512, 1000),
-    norm="rms",
-    norm_eps=1e-5,
-    activation="silu",
-    is_gated=True,
-    rope=None,
-    max_positions=64,
-    windows=(None,) * 4,
-)
+SHAPE = ModelShape(4, 128, 8, 2, 16, 512, 1000)
 ONE, WIDE = Replica((Stage((0,), layers=4),)), Replica((Stage((0, 1), layers=4),))
 LONG = Replica((Stage((0,), layers=2), Stage((1,), layers=2)))
 TWO = (ONE, Replica((Stage((1,), layers=4),)))
@@ -62,7 +37,7 @@ TWO = (ONE, Replica((Stage((1,), layers=4),)))
 def limits(*replicas: Replica, weights: str = "bfloat16") -> PlanLimits:
     num_ranks = sum(len(replica.ranks) for replica in replicas)
     dtypes = Dtypes(weights, "bfloat16", "bfloat16", "bfloat16")
-    return PlanLimits(cluster(num_ranks), Plan(replicas=replicas), CONFIG, dtypes)
+    return PlanLimits(cluster(num_ranks), Plan(replicas=replicas), ModelCost(SHAPE, dtypes))
 
 
 def test_one_rank() -> None:
