@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn import functional
-from torch.nn.attention.bias import causal_lower_right
 
 from lepton_dist.kernels.cpu import paged, pointwise
 from lepton_dist.kernels.cpu.native import has_heads_side_by_side
@@ -216,7 +215,10 @@ def _prefill(
     if is_whole and batch.count == batch.length:
         output = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
     elif is_whole and q.is_cuda:
-        # Flash attention knows a chunk's triangle by itself; a mask would shut it out.
+        # Flash attention knows a chunk's triangle by itself; a mask would shut it out. Imported only here: it loads all
+        # of torch's compiler, which takes as long as torch itself.
+        from torch.nn.attention.bias import causal_lower_right
+
         bias = causal_lower_right(batch.count, batch.length)
         output = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=is_grouped)
     else:

@@ -29,6 +29,15 @@ def test_help_imports_neither_torch_nor_mpi() -> None:
     assert job.stdout.splitlines()[-1] == "[]", job.report()
 
 
+def test_a_run_loads_no_compiler(tmp_path: Path) -> None:
+    # torch's takes as long to import as torch itself, and comes with many of its smallest parts.
+    source = write_rows(tmp_path / "in.jsonl", [{"id": "a", "prompt": "import os\n"}])
+    words = generate(MODEL, source, tmp_path / "out.jsonl", "--max-tokens", "3")[len(CLI) :]
+    code = f"import sys\nfrom lepton_dist.cli.main import main\ncode = main({words!r})\n"
+    job = run(["-c", code + "print(code, sorted({'torch._dynamo', 'torch._inductor', 'sympy'} & set(sys.modules)))"])
+    assert job.stdout.splitlines()[-1] == "0 []", job.report()
+
+
 @pytest.mark.parametrize("ranks", [None, 2])
 def test_a_usage_error_is_said_once(ranks: int | None) -> None:
     job = run([*CLI, "generat"], ranks=ranks)

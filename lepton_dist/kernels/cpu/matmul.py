@@ -44,8 +44,8 @@ class NativeProduct:
 class PanelWeight:
     """A matrix [out, in] as panels: bfloat16, int8 (a scale an output feature) or int4 (a scale a group of a row).
 
-    `level` is that of the kernels, by default the highest of this machine. On AVX-512 bfloat16 panels round `x` to
-    bfloat16, and int8 and int4 panels round it to 8 bits, with a scale for each 512 values.
+    `panels` are their bytes; `level` is that of the kernels, by default the highest of this machine. On AVX-512 panels
+    of bfloat16 round `x` to bfloat16, those of int8 and int4 round it to 8 bits, with a scale for each 512 values.
     """
 
     def __init__(self, weight: torch.Tensor, kind: str, level: VectorLevel | None = None) -> None:
@@ -54,8 +54,8 @@ class PanelWeight:
         weight, group = weight.contiguous(), INT4_GROUPS.get(kind, 0)
         name = {"bfloat16": "bf16", "int8": "int8"}.get(kind, "int4") + ("_512" if level == VectorLevel.AVX512 else "")
         size = panel_bytes(kind, self.out_features, self.in_features, level)
-        self._panels = fresh_zeros((size,), torch.uint8)
-        panels = self._panels.data_ptr()
+        self.panels = fresh_zeros((size,), torch.uint8)
+        panels = self.panels.data_ptr()
         scales = panels + size - _scale_bytes(kind, self.out_features, level)
         library, threads = _library(), torch.get_num_threads()
         pack = getattr(library, f"lepton_pack_{name}")

@@ -59,13 +59,26 @@ int lepton_matmul_bf16_512(const struct matmul_call *c) {
     );
 }
 
-/* weights bfloat16 [out, in], rows contiguous -> panels of num_panels(out) * in * 32 halves, `in` rounded up to 2. */
-TARGET_512 void lepton_pack_bf16_512(const uint16_t *weights, int64_t out, int64_t in, uint32_t *panels, int64_t threads) {
+/* Eight pairs of k, from pair `k` on, of all rows of a panel, eight rows at a time. Without AVX-512: memory is what it waits for. */
+static TARGET void pack_pairs(const uint16_t *weights, int64_t in, int64_t k, uint32_t *to) {
+    for (int64_t i = 0; i < PANEL; i += 8) {
+        __m256i words[8];
+        UNROLL for (int j = 0; j < 8; j++) words[j] = _mm256_loadu_si256((const __m256i *)(weights + (i + j) * in + 2 * k));
+        turn_square(words);
+        UNROLL for (int j = 0; j < 8; j++) _mm256_storeu_si256((__m256i *)(to + (k + j) * PANEL + i), words[j]);
+    }
+}
+
+/* weights bfloat16 [out, in], rows contiguous -> panels of num_panels(out) * pairs * 32 words of 32 bits. */
+void lepton_pack_bf16_512(const uint16_t *weights, int64_t out, int64_t in, uint32_t *panels, int64_t threads) {
     const int64_t pairs = up_to(in, 2) / 2;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t p = 0; p < num_panels(out); p++) {
         uint32_t *panel = panels + p * pairs * PANEL;
-        for (int64_t k = 0; k < pairs; k++)
+        int64_t k = 0;
+        if ((p + 1) * PANEL <= out)
+            for (; 2 * k + 16 <= in; k += 8) pack_pairs(weights + p * PANEL * in, in, k, panel);
+        for (; k < pairs; k++)
             for (int64_t i = 0; i < PANEL; i++) {
                 const int64_t row = p * PANEL + i;
                 uint32_t pair = 0;

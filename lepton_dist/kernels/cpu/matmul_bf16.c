@@ -85,27 +85,14 @@ int lepton_matmul_bf16(const struct matmul_call *c) {
 
 /* Eight steps of k of a panel: rows i and i + 8 side by side give words, whose 8 x 8 square is then turned over. */
 static TARGET void pack_square(const uint16_t *const *rows, int64_t k, uint16_t *to) {
-    __m256i word[8], mixed[8];
-    for (int i = 0; i < 8; i++) {
+    __m256i words[8];
+    UNROLL for (int i = 0; i < 8; i++) {
         const __m128i low = _mm_loadu_si128((const __m128i *)(rows[i] + k));
         const __m128i top = _mm_loadu_si128((const __m128i *)(rows[i + 8] + k));
-        word[i] = _mm256_set_m128i(_mm_unpackhi_epi16(low, top), _mm_unpacklo_epi16(low, top));
+        words[i] = _mm256_set_m128i(_mm_unpackhi_epi16(low, top), _mm_unpacklo_epi16(low, top));
     }
-    for (int i = 0; i < 8; i += 2) {
-        mixed[i] = _mm256_unpacklo_epi32(word[i], word[i + 1]);
-        mixed[i + 1] = _mm256_unpackhi_epi32(word[i], word[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4)
-        for (int j = 0; j < 2; j++) {
-            word[i + 2 * j] = _mm256_unpacklo_epi64(mixed[i + j], mixed[i + j + 2]);
-            word[i + 2 * j + 1] = _mm256_unpackhi_epi64(mixed[i + j], mixed[i + j + 2]);
-        }
-    for (int j = 0; j < 4; j++) {
-        const __m256i first = _mm256_permute2x128_si256(word[j], word[j + 4], 0x20);
-        const __m256i second = _mm256_permute2x128_si256(word[j], word[j + 4], 0x31);
-        _mm256_storeu_si256((__m256i *)(to + j * PANEL), first);
-        _mm256_storeu_si256((__m256i *)(to + (j + 4) * PANEL), second);
-    }
+    turn_square(words);
+    UNROLL for (int i = 0; i < 8; i++) _mm256_storeu_si256((__m256i *)(to + i * PANEL), words[i]);
 }
 
 /* weights bfloat16 [out, in], rows contiguous -> panels of num_panels(out) * in * 16 words of 16 bits. */

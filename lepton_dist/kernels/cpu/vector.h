@@ -105,6 +105,25 @@ INLINE TARGET void round_all(const float *values, float factor, int64_t count, i
     }
 }
 
+/* An 8 x 8 square of 32-bit words, turned over in place: rows become columns. */
+INLINE TARGET void turn_square(__m256i *square) {
+    __m256i mixed[8];
+    UNROLL for (int i = 0; i < 8; i += 2) {
+        mixed[i] = _mm256_unpacklo_epi32(square[i], square[i + 1]);
+        mixed[i + 1] = _mm256_unpackhi_epi32(square[i], square[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 8; i += 4)
+        UNROLL for (int j = 0; j < 2; j++) {
+            square[i + 2 * j] = _mm256_unpacklo_epi64(mixed[i + j], mixed[i + j + 2]);
+            square[i + 2 * j + 1] = _mm256_unpackhi_epi64(mixed[i + j], mixed[i + j + 2]);
+        }
+    UNROLL for (int j = 0; j < 4; j++) {
+        const __m256i first = _mm256_permute2x128_si256(square[j], square[j + 4], 0x20);
+        square[j + 4] = _mm256_permute2x128_si256(square[j], square[j + 4], 0x31);
+        square[j] = first;
+    }
+}
+
 /* e^x to 2 units in the last place (Cephes' expf), in a form that compilers turn into vectors. Below -87 it is 0. */
 INLINE float exp_of(float x) {
     const float within = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;

@@ -67,6 +67,19 @@ def test_bfloat16_panels_equal_double_precision(
     assert error(y, taken.double() @ weight.double().T) < (1e-6 if dtype == torch.float32 else 4e-3)
 
 
+@needs_panels
+@settings(max_examples=60, deadline=None)
+@given(in_features=st.integers(1, 70), out_features=st.integers(1, 100))
+def test_bfloat16_panels_of_avx512_are_packed_below_it_too(in_features: int, out_features: int) -> None:
+    weight = torch.randn(out_features, in_features).bfloat16()
+    words = PanelWeight(weight, "bfloat16", VectorLevel.AVX512).panels.view(torch.bfloat16)
+    padded = torch.zeros(-(-out_features // 32) * 32, in_features + in_features % 2, dtype=torch.bfloat16)
+    padded[:out_features, :in_features] = weight
+    # [panels, 32 features, pairs of k, 2] -> [panels, pairs of k, 32 features, 2]
+    wanted = padded.view(-1, 32, padded.shape[1] // 2, 2).transpose(1, 2)
+    assert torch.equal(words, wanted.reshape(-1))
+
+
 @at_each_level
 @pytest.mark.parametrize("kind", ["int8", *INT4])
 @settings(max_examples=60, deadline=None)
@@ -173,7 +186,7 @@ def test_int8_sums_do_not_overflow(level: VectorLevel) -> None:
 @needs_panels
 @pytest.mark.parametrize("kind", ["int8", *INT4])
 def test_bytes_are_those_that_are_told(kind: str) -> None:
-    assert PanelWeight(torch.randn(48, 200), kind)._panels.nbytes == matrix_bytes(kind, 48, 200)
+    assert PanelWeight(torch.randn(48, 200), kind).panels.nbytes == matrix_bytes(kind, 48, 200)
 
 
 def test_a_view_with_a_row_stride_is_read_in_place() -> None:
