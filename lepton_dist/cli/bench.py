@@ -22,6 +22,7 @@ from lepton_dist.plan.plan import Plan
 from lepton_dist.runtime.controller import Controller
 from lepton_dist.runtime.opening import ModelRequest, load_plan_document, notice
 from lepton_dist.runtime.run import run
+from lepton_dist.storage.outputs import check_writable, write_output
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +45,7 @@ def run_command(options: argparse.Namespace) -> int:
     """Measure and print a table; returns the exit code.
 
     Raises:
+        OutputError: a file could not be written.
         UsageError: an option is wrong.
     """
     cases = options.cases.split(",")
@@ -54,6 +56,9 @@ def run_command(options: argparse.Namespace) -> int:
         raise UsageError("--repeats and --output-tokens must be at least 1")
     if options.plot:
         check_plotting()
+    for path in (options.json, options.plot):
+        if path:
+            check_writable(path)
     return run(lambda controller, interrupts: _bench(controller, options, cases))
 
 
@@ -76,7 +81,7 @@ def _bench(controller: Controller, options: argparse.Namespace, cases: list[str]
     if len(table) > 1:
         _show(_comparison(table))
     if options.json:
-        _write_json(Path(options.json), model, table)
+        write_output(options.json, _json(model, table))
     if options.plot:
         write_plot(Path(options.plot), Path(model).name, table)
     return 0
@@ -140,10 +145,7 @@ def _comparison(table: dict[str, list[Figure]]) -> str:
     return "\n".join(lines)
 
 
-def _write_json(path: Path, model: str, table: dict[str, list[Figure]]) -> None:
+def _json(model: str, table: dict[str, list[Figure]]) -> str:
     data: dict[str, Any] = {"model": model, "torch": str(torch.__version__)}
     data["settings"] = {name: [figure.as_json() for figure in figures] for name, figures in table.items()}
-    try:
-        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
+    return json.dumps(data, indent=1) + "\n"

@@ -30,11 +30,13 @@ def test_two_ranks_under_several_settings(tmp_path: Path) -> None:
             assert row["share"] == row["value"] / row["limit"] > 0
 
 
-def test_a_wrong_setting_is_told_and_what_was_measured_stands_there(tmp_path: Path) -> None:
+def test_what_is_wrong_is_told_before_anything_is_measured(tmp_path: Path) -> None:
     job = bench(tmp_path, "--compare", "plain,tp2", "--cases", "prefill")
     assert job.returncode == 2 and "tp2" in job.stderr, job.report()
-    unwritable = tmp_path / "absent" / "figures.json"
+    assert "prefill" not in job.stdout, job.report()
+    (tmp_path / "file").touch()
+    unwritable = tmp_path / "file" / "figures.json"
     job = bench(tmp_path, "--cases", "prefill", "--json", unwritable)
     assert job.returncode == 2 and str(unwritable) in job.stderr, job.report()
-    assert "prefill" in job.stdout, job.report()
+    assert job.stdout == "", job.report()
     assert "Traceback" not in job.stderr, job.report()
