@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import socket
 import sys
@@ -41,8 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             quiet.enter_context(redirect_stderr(StringIO()))
             quiet.enter_context(redirect_stdout(StringIO()))
         name, rest = _split(sys.argv[1:] if arguments is None else arguments)
-        # Only the command's own modules are imported: `inspect` has no need of MPI.
+        # Only the command's own modules are imported: `inspect` has no need of MPI. What they make stays: the garbage
+        # collector is not to look through it, neither now nor in the middle of a step.
+        gc.disable()
         module = import_module(f"lepton_dist.cli.{name}")
+        gc.freeze()
+        gc.enable()
         parser = argparse.ArgumentParser(prog=f"lepton-dist {name}", description=COMMANDS[name].capitalize() + ".")
         module.add_options(parser)
         options = parser.parse_args(rest)

@@ -1,11 +1,13 @@
 """Two replicas on two cores, one slowed by busy neighbours on its core: how near the makespan comes to the bound.
 
-``mpirun -n 2 python -m tests.end_to_end.balance_job MODEL REQUESTS REPEATS NEIGHBOURS...``. Rank 0 prints a JSON line a
-case. T_i is what replica i alone needs for the whole batch, slowed as in the test; the bound is 1 / sum(1 / T_i).
+``mpirun -n 2 python -m tests.end_to_end.balance_job MODEL [--requests 400] [--repeats 5] [--alone 2] [--neighbours 1,3]
+[--weights bfloat16]``. Rank 0 prints a JSON line a case. T_i is what replica i alone needs for the whole batch, slowed
+as in the test; the bound is 1 / sum(1 / T_i). Machines drift: T_i is the mean of runs before and after those of both.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -18,7 +20,7 @@ from dataclasses import replace
 
 from lepton_dist.bench.workload import make_requests, offline_lengths
 from lepton_dist.comm.launcher import read_launcher
-from lepton_dist.plan.plan import BALANCER_POLICIES, BalancerPolicy, EngineLimits, Plan, Replica, Stage
+from lepton_dist.plan.plan import BALANCER_POLICIES, BalancerPolicy, EngineLimits, Plan, Precision, Replica, Stage
 from lepton_dist.runtime.controller import Controller
 from lepton_dist.runtime.interrupts import Interrupts
 from lepton_dist.runtime.opening import ModelRequest, open_model
@@ -61,66 +63,73 @@ def slowed(count: int) -> Iterator[Neighbours]:
         neighbours.stop()
 
 
-def timed(
-    controller: Controller,
-    model: str,
-    ranks: tuple[int, ...],
-    policy: BalancerPolicy,
-    count: int,
-    at_s: float = 0.0,
-    then: tuple[Neighbours, int] | None = None,
-) -> float:
-    """Seconds from the first request to the last; `then` starts neighbours after `at_s`."""
-    plan = Plan(replicas=tuple(Replica((Stage((rank,)),)) for rank in ranks), engine=replace(_ENGINE, balancer=policy))
-    blueprint = open_model(controller, ModelRequest(model, plan, None, 1))
-    vocab = blueprint.config.shape.vocab
-    for request in make_requests(offline_lengths(2 * len(ranks), seed=1), vocab, seed=99):
-        controller.submit(request)
-    while controller.num_outstanding:
-        controller.advance()
-    requests = make_requests(offline_lengths(count, seed=7), vocab, seed=1)
-    start = time.perf_counter()
-    for request in requests:
-        controller.submit(request)
-    while controller.num_outstanding:
-        controller.advance()
-        if then is not None and time.perf_counter() - start > at_s:
-            then[0].start(then[1])
-            then = None
-    seconds = time.perf_counter() - start
-    controller.close()
-    return seconds
+class Batch:
+    """One batch of requests, run by any of the replicas."""
+
+    def __init__(self, controller: Controller, options: argparse.Namespace) -> None:
+        self._controller, self._model, self._count = controller, options.model, options.requests
+        self._precision = Precision(weights=options.weights)
+
+    def seconds(
+        self,
+        ranks: tuple[int, ...],
+        policy: BalancerPolicy = "predicted",
+        at_s: float = 0.0,
+        then: tuple[Neighbours, int] | None = None,
+    ) -> float:
+        """From the first request to the last; `then` starts neighbours after `at_s`."""
+        controller = self._controller
+        replicas = tuple(Replica((Stage((rank,)),)) for rank in ranks)
+        plan = Plan(replicas=replicas, precision=self._precision, engine=replace(_ENGINE, balancer=policy))
+        blueprint = open_model(controller, ModelRequest(self._model, plan, None, 1))
+        vocab = blueprint.config.shape.vocab
+        for request in make_requests(offline_lengths(2 * len(ranks), seed=1), vocab, seed=99):
+            controller.submit(request)
+        while controller.num_outstanding:
+            controller.advance()
+        requests = make_requests(offline_lengths(self._count, seed=7), vocab, seed=1)
+        start = time.perf_counter()
+        for request in requests:
+            controller.submit(request)
+        while controller.num_outstanding:
+            controller.advance()
+            if then is not None and time.perf_counter() - start > at_s:
+                then[0].start(then[1])
+                then = None
+        seconds = time.perf_counter() - start
+        controller.close()
+        print(f"{policy} on ranks {ranks}: {seconds:.1f} s", file=sys.stderr, flush=True)
+        return seconds
 
 
-def measure(controller: Controller, model: str, count: int, repeats: int, cases: list[int]) -> None:
-    fast_s = statistics.median(timed(controller, model, (0,), "predicted", count) for _ in range(repeats))
-    unslowed_s = statistics.median(timed(controller, model, (SLOW_RANK,), "predicted", count) for _ in range(repeats))
-    for neighbours in cases:
-        with slowed(neighbours):
-            slow_s = statistics.median(
-                timed(controller, model, (SLOW_RANK,), "predicted", count) for _ in range(repeats)
-            )
-            bound_s = 1 / (1 / fast_s + 1 / slow_s)
-            makespans = {
-                policy: [timed(controller, model, (0, 1), policy, count) / bound_s for _ in range(repeats)]
-                for policy in BALANCER_POLICIES
-            }
-        tell(f"{neighbours} busy neighbours", fast_s, slow_s, bound_s, makespans)
-        # It begins when a third of the bound of equal replicas is over.
-        at_s = 1 / 3 / (1 / fast_s + 1 / unslowed_s)
-        later_s = at_s + (1 - at_s / fast_s - at_s / unslowed_s) * bound_s
-        runs = []
-        for _ in range(repeats):
-            with slowed(0) as beginning:
-                runs.append(
-                    timed(controller, model, (0, 1), "predicted", count, at_s, (beginning, neighbours)) / later_s
-                )
-        tell(f"{neighbours} busy neighbours from a third on", fast_s, slow_s, later_s, {"predicted": runs})
+def measure(batch: Batch, repeats: int, alone: int, neighbours: int) -> None:
+    before, after = range((alone + 1) // 2), range(alone // 2)
+    fast = [batch.seconds((0,)) for _ in before]
+    unslowed_s = batch.seconds((SLOW_RANK,))
+    with slowed(neighbours):
+        slow = [batch.seconds((SLOW_RANK,)) for _ in before]
+        makespans = {
+            policy: [batch.seconds((0, 1), policy) for _ in range(repeats if policy == "predicted" else 1)]
+            for policy in BALANCER_POLICIES
+        }
+        slow += [batch.seconds((SLOW_RANK,)) for _ in after]
+    fast += [batch.seconds((0,)) for _ in after]
+    fast_s, slow_s = statistics.mean(fast), statistics.mean(slow)
+    bound_s = 1 / (1 / fast_s + 1 / slow_s)
+    tell(f"{neighbours} busy neighbours", fast_s, slow_s, bound_s, makespans)
+    # It begins when a third of the bound of equal replicas is over.
+    at_s = 1 / 3 / (1 / fast_s + 1 / unslowed_s)
+    later_s = at_s + (1 - at_s / fast_s - at_s / unslowed_s) * bound_s
+    runs = []
+    for _ in range(repeats):
+        with slowed(0) as beginning:
+            runs.append(batch.seconds((0, 1), "predicted", at_s, (beginning, neighbours)))
+    tell(f"{neighbours} busy neighbours from a third on", fast_s, slow_s, later_s, {"predicted": runs})
 
 
 def tell(case: str, fast_s: float, slow_s: float, bound_s: float, makespans: dict[str, list[float]]) -> None:
-    ratios = {policy: round(statistics.median(values), 3) for policy, values in makespans.items()}
-    worst = {policy: round(max(values), 3) for policy, values in makespans.items()}
+    ratios = {policy: round(statistics.median(values) / bound_s, 3) for policy, values in makespans.items()}
+    worst = {policy: round(max(values) / bound_s, 3) for policy, values in makespans.items()}
     times = {"fast_s": round(fast_s, 2), "slow_s": round(slow_s, 2), "bound_s": round(bound_s, 2)}
     print(json.dumps({"case": case, **times, "of_bound": ratios, "worst": worst}), flush=True)
 
@@ -128,10 +137,17 @@ def tell(case: str, fast_s: float, slow_s: float, bound_s: float, makespans: dic
 def main() -> int:
     rank = read_launcher().rank
     os.sched_setaffinity(0, {_CORES[rank % len(_CORES)]})
-    model, (count, repeats, *cases) = sys.argv[1], map(int, sys.argv[2:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    for name, default in (("requests", 400), ("repeats", 5), ("alone", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--neighbours", type=lambda text: [int(count) for count in text.split(",")], default=[1, 3])
+    parser.add_argument("--weights", default="bfloat16")
+    options = parser.parse_args()
 
     def program(controller: Controller, interrupts: Interrupts) -> int:
-        measure(controller, model, count, repeats, cases)
+        for neighbours in options.neighbours:
+            measure(Batch(controller, options), options.repeats, options.alone, neighbours)
         return 0
 
     return run(program)

@@ -57,10 +57,9 @@ def half_speed() -> Iterator[str]:
 
 def _make_group() -> Path | None:
     """A control group (version 1 or 2) with the quota; None where that is not allowed."""
-    for root, files in (
-        ("/sys/fs/cgroup/cpu", {"cpu.cfs_period_us": f"{_PERIOD_US}", "cpu.cfs_quota_us": f"{_PERIOD_US // 2}"}),
-        ("/sys/fs/cgroup", {"cpu.max": f"{_PERIOD_US // 2} {_PERIOD_US}"}),
-    ):
+    first = {"cpu.cfs_period_us": f"{_PERIOD_US}", "cpu.cfs_quota_us": f"{_PERIOD_US // 2}"}
+    second = {"cpu.max": f"{_PERIOD_US // 2} {_PERIOD_US}"}
+    for root, files in (("/sys/fs/cgroup/cpu", first), ("/sys/fs/cgroup", second), ("/sys/fs/cgroup", first)):
         group = Path(root, f"lepton-shares-{os.getpid()}")
         try:
             group.mkdir()

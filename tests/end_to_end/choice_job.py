@@ -1,0 +1,130 @@
+"""How good the planner's first two plans are: every plan that it ranks, and every mesh of all ranks, measured.
+
+``mpirun -n 2 python -m tests.end_to_end.choice_job MODEL [--requests 16] [--repeats 5] [--weights bfloat16] [--half]``.
+The ranks are profiled first; plans then run in turn. With `--half` each rank has half a core: a CPU quota of its own,
+which needs root. Rank 0 prints a JSON line a plan, the planner's first, and how near the better of its first two comes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from itertools import product
+from pathlib import Path
+
+from lepton_dist.bench.workload import Lengths, equal_lengths, make_requests, offline_lengths
+from lepton_dist.comm.launcher import read_launcher
+from lepton_dist.coordinator.planner import rank_plans
+from lepton_dist.coordinator.pricing import Target
+from lepton_dist.coordinator.stage_cost import ModelCost
+from lepton_dist.coordinator.workload import RequestLengths, Workload
+from lepton_dist.model.parameters import matrix_kind
+from lepton_dist.model.registry import read_model
+from lepton_dist.plan.plan import EngineLimits, Mesh, Plan, Precision, Replica
+from lepton_dist.plan.precision import decide_dtypes
+from lepton_dist.runtime.controller import Controller
+from lepton_dist.runtime.interrupts import Interrupts
+from lepton_dist.runtime.opening import ModelRequest, open_model
+from lepton_dist.runtime.profiling import make_cluster
+from lepton_dist.runtime.run import run
+from tests.end_to_end.shares_job import half_speed
+
+_CORES = sorted(os.sched_getaffinity(0))
+_ENGINE = EngineLimits(max_sequences=16, prefix_cache=False, context_tokens=1024)
+
+
+def meshes(size: int) -> list[Plan]:
+    """Every regular grid of all ranks."""
+    sizes = range(1, size + 1)
+    found = [Mesh(*axes) for axes in product(sizes, repeat=3)]
+    return [Plan(mesh=mesh) for mesh in found if mesh.size == size]
+
+
+def tokens_per_s(controller: Controller, model: str, plan: Plan, lengths: list[Lengths]) -> float:
+    """Of one run, after a short one."""
+    blueprint = open_model(controller, ModelRequest(model, plan, None, 1))
+
+    def seconds(lengths: list[Lengths], seed: int) -> float:
+        requests = make_requests(lengths, blueprint.config.shape.vocab, seed)
+        start = time.perf_counter()
+        for request in requests:
+            controller.submit(request)
+        while controller.num_outstanding:
+            controller.advance()
+        return time.perf_counter() - start
+
+    seconds(equal_lengths(2 * len(blueprint.plan.replicas), 32, 4), 0)
+    rate = sum(item.output for item in lengths) / seconds(lengths, 1)
+    controller.close()
+    return rate
+
+
+def measure(controller: Controller, options: argparse.Namespace) -> None:
+    config, _ = read_model(options.model)
+    world, precision = controller.world, Precision(weights=options.weights)
+    dtypes = decide_dtypes(precision, None, config.dtype)
+    facts = controller.examine(kinds=sorted({dtypes.weights, matrix_kind("head.weight", dtypes.weights)}), threads=1)
+    cluster = make_cluster("here", world.hosts, world.nodes, facts)
+    lengths = offline_lengths(options.requests, seed=7)
+    workload = Workload.of([RequestLengths(item.prompt, item.output, item.output) for item in lengths])
+    ranked = rank_plans(Target(cluster, ModelCost.of(config, dtypes), config.max_positions, workload, _ENGINE))
+    predicted = {priced.plan.replicas: priced.tokens_per_s for priced in ranked}
+    others = [plan.resolve(config.shape, world.size).replicas for plan in meshes(world.size)]
+    measured: dict[tuple[Replica, ...], list[float]] = {replicas: [] for replicas in (*predicted, *others)}
+    for _ in range(options.repeats):
+        for replicas, rates in measured.items():
+            plan = Plan(replicas=replicas, precision=precision, engine=_ENGINE)
+            rates.append(tokens_per_s(controller, options.model, plan, lengths))
+    medians = [statistics.median(rates) for rates in measured.values()]
+    for (replicas, rates), median in zip(measured.items(), medians, strict=True):
+        price = predicted.get(replicas)
+        line = {
+            "replicas": [[[*stage.ranks, f"{stage.layers} layers"] for stage in item.stages] for item in replicas],
+            "predicted": None if price is None else round(price, 1),
+            "measured": round(median, 1),
+            "range": [round(min(rates), 1), round(max(rates), 1)],
+        }
+        print(json.dumps(line), flush=True)
+    print(json.dumps({"first_two_of_best": round(max(medians[:2]) / max(medians), 3)}), flush=True)
+
+
+def show_control_groups() -> None:
+    """Mount them where there are none: `ip netns exec` gives a process a bare /sys, and mounts of its own."""
+    root = Path("/sys/fs/cgroup")
+    if root.is_dir() and not any(root.iterdir()):
+        for kind in (["cgroup", "-o", "cpu"], ["cgroup2"]):
+            words = ["mount", "-t", *kind, "none", str(root)]
+            if subprocess.run(words, capture_output=True, check=False).returncode == 0:
+                return
+
+
+def main() -> int:
+    rank = read_launcher().rank
+    os.sched_setaffinity(0, {_CORES[rank % len(_CORES)]})
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--requests", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--weights", default="bfloat16")
+    parser.add_argument("--half", action="store_true")
+    options = parser.parse_args()
+
+    def program(controller: Controller, interrupts: Interrupts) -> int:
+        measure(controller, options)
+        return 0
+
+    if options.half:
+        show_control_groups()
+    with half_speed() if options.half else nullcontext("not at all") as how:
+        print(f"rank {rank} is slowed by {how}", file=sys.stderr, flush=True)
+        return run(program)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
