@@ -1,8 +1,9 @@
 """Two replicas on two cores, one slowed by busy neighbours on its core: how near the makespan comes to the bound.
 
 ``mpirun -n 2 python -m tests.end_to_end.balance_job MODEL [--requests 400] [--repeats 5] [--alone 2] [--neighbours 1,3]
-[--weights bfloat16]``. Rank 0 prints a JSON line a case. T_i is what replica i alone needs for the whole batch, slowed
-as in the test; the bound is 1 / sum(1 / T_i). Machines drift: T_i is the mean of runs before and after those of both.
+[--policies predicted,round_robin] [--weights bfloat16]``. Rank 0 prints a JSON line a case. T_i is what replica i alone
+needs for the whole batch, slowed as in the test; the bound is 1 / sum(1 / T_i). Machines drift: T_i is the mean of runs
+before and after those of both.
 """
 
 from __future__ import annotations
@@ -102,26 +103,26 @@ class Batch:
         return seconds
 
 
-def measure(batch: Batch, repeats: int, alone: int, neighbours: int) -> None:
-    before, after = range((alone + 1) // 2), range(alone // 2)
+def measure(batch: Batch, options: argparse.Namespace, neighbours: int) -> None:
+    before, after = range((options.alone + 1) // 2), range(options.alone // 2)
     fast = [batch.seconds((0,)) for _ in before]
-    unslowed_s = batch.seconds((SLOW_RANK,))
     with slowed(neighbours):
         slow = [batch.seconds((SLOW_RANK,)) for _ in before]
         makespans = {
-            policy: [batch.seconds((0, 1), policy) for _ in range(repeats if policy == "predicted" else 1)]
-            for policy in BALANCER_POLICIES
+            policy: [batch.seconds((0, 1), policy) for _ in range(options.repeats if policy == "predicted" else 1)]
+            for policy in options.policies
         }
         slow += [batch.seconds((SLOW_RANK,)) for _ in after]
     fast += [batch.seconds((0,)) for _ in after]
     fast_s, slow_s = statistics.mean(fast), statistics.mean(slow)
     bound_s = 1 / (1 / fast_s + 1 / slow_s)
     tell(f"{neighbours} busy neighbours", fast_s, slow_s, bound_s, makespans)
+    unslowed_s = batch.seconds((SLOW_RANK,))
     # It begins when a third of the bound of equal replicas is over.
     at_s = 1 / 3 / (1 / fast_s + 1 / unslowed_s)
     later_s = at_s + (1 - at_s / fast_s - at_s / unslowed_s) * bound_s
     runs = []
-    for _ in range(repeats):
+    for _ in range(options.repeats):
         with slowed(0) as beginning:
             runs.append(batch.seconds((0, 1), "predicted", at_s, (beginning, neighbours)))
     tell(f"{neighbours} busy neighbours from a third on", fast_s, slow_s, later_s, {"predicted": runs})
@@ -142,12 +143,13 @@ def main() -> int:
     for name, default in (("requests", 400), ("repeats", 5), ("alone", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--neighbours", type=lambda text: [int(count) for count in text.split(",")], default=[1, 3])
+    parser.add_argument("--policies", type=lambda text: text.split(","), default=BALANCER_POLICIES)
     parser.add_argument("--weights", default="bfloat16")
     options = parser.parse_args()
 
     def program(controller: Controller, interrupts: Interrupts) -> int:
         for neighbours in options.neighbours:
-            measure(Batch(controller, options), options.repeats, options.alone, neighbours)
+            measure(Batch(controller, options), options, neighbours)
         return 0
 
     return run(program)
