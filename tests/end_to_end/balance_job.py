@@ -14,7 +14,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +25,7 @@ from lepton_dist.runtime.controller import Controller
 from lepton_dist.runtime.interrupts import Interrupts
 from lepton_dist.runtime.opening import ModelRequest, open_model
 from lepton_dist.runtime.run import run
+from tests.end_to_end.timed import seconds_for
 
 SLOW_RANK = 1
 _CORES = sorted(os.sched_getaffinity(0))
@@ -84,20 +84,16 @@ class Batch:
         plan = Plan(replicas=replicas, precision=self._precision, engine=replace(_ENGINE, balancer=policy))
         blueprint = open_model(controller, ModelRequest(self._model, plan, None, 1))
         vocab = blueprint.config.shape.vocab
-        for request in make_requests(offline_lengths(2 * len(ranks), seed=1), vocab, seed=99):
-            controller.submit(request)
-        while controller.num_outstanding:
-            controller.advance()
+        seconds_for(controller, make_requests(offline_lengths(2 * len(ranks), seed=1), vocab, seed=99))
+        waiting = [] if then is None else [then]
+
+        def meanwhile(so_far_s: float) -> None:
+            if waiting and so_far_s > at_s:
+                neighbours, count = waiting.pop()
+                neighbours.start(count)
+
         requests = make_requests(offline_lengths(self._count, seed=7), vocab, seed=1)
-        start = time.perf_counter()
-        for request in requests:
-            controller.submit(request)
-        while controller.num_outstanding:
-            controller.advance()
-            if then is not None and time.perf_counter() - start > at_s:
-                then[0].start(then[1])
-                then = None
-        seconds = time.perf_counter() - start
+        seconds = seconds_for(controller, requests, meanwhile)
         controller.close()
         print(f"{policy} on ranks {ranks}: {seconds:.1f} s", file=sys.stderr, flush=True)
         return seconds

@@ -13,7 +13,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
@@ -34,6 +33,7 @@ from lepton_dist.runtime.opening import ModelRequest, open_model
 from lepton_dist.runtime.profiling import make_cluster
 from lepton_dist.runtime.run import run
 from tests.end_to_end.shares_job import half_speed
+from tests.end_to_end.timed import seconds_for
 
 _CORES = sorted(os.sched_getaffinity(0))
 _ENGINE = EngineLimits(max_sequences=16, prefix_cache=False, context_tokens=1024)
@@ -49,18 +49,9 @@ def meshes(size: int) -> list[Plan]:
 def tokens_per_s(controller: Controller, model: str, plan: Plan, lengths: list[Lengths]) -> float:
     """Of one run, after a short one."""
     blueprint = open_model(controller, ModelRequest(model, plan, None, 1))
-
-    def seconds(lengths: list[Lengths], seed: int) -> float:
-        requests = make_requests(lengths, blueprint.config.shape.vocab, seed)
-        start = time.perf_counter()
-        for request in requests:
-            controller.submit(request)
-        while controller.num_outstanding:
-            controller.advance()
-        return time.perf_counter() - start
-
-    seconds(equal_lengths(2 * len(blueprint.plan.replicas), 32, 4), 0)
-    rate = sum(item.output for item in lengths) / seconds(lengths, 1)
+    vocab = blueprint.config.shape.vocab
+    seconds_for(controller, make_requests(equal_lengths(2 * len(blueprint.plan.replicas), 32, 4), vocab, 0))
+    rate = sum(item.output for item in lengths) / seconds_for(controller, make_requests(lengths, vocab, 1))
     controller.close()
     return rate
 

@@ -14,7 +14,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from lepton_dist.runtime.interrupts import Interrupts
 from lepton_dist.runtime.opening import ModelRequest, open_model
 from lepton_dist.runtime.profiling import make_cluster
 from lepton_dist.runtime.run import run
+from tests.end_to_end.timed import seconds_for
 
 _CORES = sorted(os.sched_getaffinity(0))
 _ENGINE = EngineLimits(max_sequences=16, prefix_cache=False, context_tokens=1024)
@@ -140,13 +140,7 @@ class Slice:
         return cases
 
     def _seconds(self, lengths: list[Lengths], seed: int) -> float:
-        requests = make_requests(lengths, self._blueprint.config.shape.vocab, seed)
-        start = time.perf_counter()
-        for request in requests:
-            self._controller.submit(request)
-        while self._controller.num_outstanding:
-            self._controller.advance()
-        return time.perf_counter() - start
+        return seconds_for(self._controller, make_requests(lengths, self._blueprint.config.shape.vocab, seed))
 
 
 def measure(controller: Controller, options: argparse.Namespace) -> None:

@@ -11,7 +11,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +31,7 @@ from lepton_dist.runtime.opening import ModelRequest, open_model
 from lepton_dist.runtime.profiling import make_cluster
 from lepton_dist.runtime.run import run
 from tests.end_to_end.balance_job import SLOW_RANK, slowed
+from tests.end_to_end.timed import seconds_for
 
 _CORES = sorted(os.sched_getaffinity(0))
 _PERIOD_US = 10_000
@@ -82,13 +82,7 @@ def tokens_per_s(controller: Controller, model: str, plan: Plan, count: int) -> 
     vocab = blueprint.config.shape.vocab
 
     def seconds(lengths: list[Lengths], seed: int) -> float:
-        requests = make_requests(lengths, vocab, seed)
-        start = time.perf_counter()
-        for request in requests:
-            controller.submit(request)
-        while controller.num_outstanding:
-            controller.advance()
-        return time.perf_counter() - start
+        return seconds_for(controller, make_requests(lengths, vocab, seed))
 
     seconds(equal_lengths(2, 512, 1), 1)
     prefill = 512 * count / seconds(equal_lengths(count, 512, 1), 2)

@@ -13,6 +13,7 @@ from lepton_dist.engine.batch import RunBatch
 from lepton_dist.engine.engine import Engine
 from lepton_dist.engine.request import Request
 from lepton_dist.engine.runner import BegunStep
+from lepton_dist.kernels.cpu.native import VectorLevel, vector_level
 from lepton_dist.plan.plan import EngineLimits
 from lepton_dist.text.completion import RequestOutput
 
@@ -73,6 +74,10 @@ def texts(model: RandomModel, ahead: int) -> tuple[dict[str, RequestOutput], int
     return outputs, num_tokens, engine.scheduler.num_preemptions
 
 
+@pytest.mark.skipif(
+    vector_level() != VectorLevel.AVX512,
+    reason="what a sequence is batched with may change its last bits (docs/numerics.md), but with kernels for AVX-512",
+)
 def test_texts_are_the_same(model: RandomModel) -> None:
     behind, fewer, _ = texts(model, ahead=0)
     ahead, more, num_preemptions = texts(model, ahead=1)
