@@ -10,58 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 from lepton_dist.bench.workload import make_requests, offline_lengths
-from lepton_dist.comm.launcher import read_launcher
-from lepton_dist.plan.plan import BALANCER_POLICIES, BalancerPolicy, EngineLimits, Plan, Precision, Replica, Stage
+from lepton_dist.plan.plan import BALANCER_POLICIES, BalancerPolicy, Plan, Precision, Replica, Stage
 from lepton_dist.runtime.controller import Controller
-from lepton_dist.runtime.interrupts import Interrupts
 from lepton_dist.runtime.opening import ModelRequest, open_model
-from lepton_dist.runtime.run import run
-from tests.end_to_end.timed import seconds_for
+from tests.end_to_end.measuring import CORES, ENGINE, pin, run_measurement, seconds_for
+from tests.end_to_end.slowness import Neighbours, slowed
 
 SLOW_RANK = 1
-_CORES = sorted(os.sched_getaffinity(0))
-_ENGINE = EngineLimits(max_sequences=16, prefix_cache=False, context_tokens=1024)
-
-
-# Busy until the process that started it is gone, however that ended.
-BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    sum(range(10**5))"
-
-
-class Neighbours:
-    """Busy processes on the slow rank's core, each a session of its own: with n of them the rank gets 1 / (n + 1)."""
-
-    def __init__(self) -> None:
-        self._processes: list[subprocess.Popen[bytes]] = []
-
-    def start(self, count: int) -> None:
-        core = str(_CORES[SLOW_RANK])
-        command = ["taskset", "-c", core, sys.executable, "-c", BUSY, str(os.getpid())]
-        self._processes += [subprocess.Popen(command, start_new_session=True) for _ in range(count)]
-
-    def stop(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.wait()
-        self._processes.clear()
-
-
-@contextmanager
-def slowed(count: int) -> Iterator[Neighbours]:
-    neighbours = Neighbours()
-    try:
-        neighbours.start(count)
-        yield neighbours
-    finally:
-        neighbours.stop()
 
 
 class Batch:
@@ -81,7 +41,7 @@ class Batch:
         """From the first request to the last; `then` starts neighbours after `at_s`."""
         controller = self._controller
         replicas = tuple(Replica((Stage((rank,)),)) for rank in ranks)
-        plan = Plan(replicas=replicas, precision=self._precision, engine=replace(_ENGINE, balancer=policy))
+        plan = Plan(replicas=replicas, precision=self._precision, engine=replace(ENGINE, balancer=policy))
         blueprint = open_model(controller, ModelRequest(self._model, plan, None, 1))
         vocab = blueprint.config.shape.vocab
         seconds_for(controller, make_requests(offline_lengths(2 * len(ranks), seed=1), vocab, seed=99))
@@ -102,7 +62,7 @@ class Batch:
 def measure(batch: Batch, options: argparse.Namespace, neighbours: int) -> None:
     before, after = range((options.alone + 1) // 2), range(options.alone // 2)
     fast = [batch.seconds((0,)) for _ in before]
-    with slowed(neighbours):
+    with slowed(CORES[SLOW_RANK], neighbours):
         slow = [batch.seconds((SLOW_RANK,)) for _ in before]
         makespans = {
             policy: [batch.seconds((0, 1), policy) for _ in range(options.repeats if policy == "predicted" else 1)]
@@ -119,7 +79,7 @@ def measure(batch: Batch, options: argparse.Namespace, neighbours: int) -> None:
     later_s = at_s + (1 - at_s / fast_s - at_s / unslowed_s) * bound_s
     runs = []
     for _ in range(options.repeats):
-        with slowed(0) as beginning:
+        with slowed(CORES[SLOW_RANK], 0) as beginning:
             runs.append(batch.seconds((0, 1), "predicted", at_s, (beginning, neighbours)))
     tell(f"{neighbours} busy neighbours from a third on", fast_s, slow_s, later_s, {"predicted": runs})
 
@@ -132,8 +92,7 @@ def tell(case: str, fast_s: float, slow_s: float, bound_s: float, makespans: dic
 
 
 def main() -> int:
-    rank = read_launcher().rank
-    os.sched_setaffinity(0, {_CORES[rank % len(_CORES)]})
+    pin()
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     for name, default in (("requests", 400), ("repeats", 5), ("alone", 2)):
@@ -143,12 +102,11 @@ def main() -> int:
     parser.add_argument("--weights", default="bfloat16")
     options = parser.parse_args()
 
-    def program(controller: Controller, interrupts: Interrupts) -> int:
+    def measure_all(controller: Controller) -> None:
         for neighbours in options.neighbours:
             measure(Batch(controller, options), options, neighbours)
-        return 0
 
-    return run(program)
+    return run_measurement(measure_all)
 
 
 if __name__ == "__main__":

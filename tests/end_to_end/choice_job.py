@@ -9,34 +9,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from contextlib import nullcontext
 from itertools import product
-from pathlib import Path
 
 from lepton_dist.bench.workload import Lengths, equal_lengths, make_requests, offline_lengths
-from lepton_dist.comm.launcher import read_launcher
 from lepton_dist.coordinator.planner import rank_plans
 from lepton_dist.coordinator.pricing import Target
 from lepton_dist.coordinator.stage_cost import ModelCost
 from lepton_dist.coordinator.workload import RequestLengths, Workload
 from lepton_dist.model.parameters import matrix_kind
 from lepton_dist.model.registry import read_model
-from lepton_dist.plan.plan import EngineLimits, Mesh, Plan, Precision, Replica
+from lepton_dist.plan.plan import Mesh, Plan, Precision, Replica
 from lepton_dist.plan.precision import decide_dtypes
 from lepton_dist.runtime.controller import Controller
-from lepton_dist.runtime.interrupts import Interrupts
 from lepton_dist.runtime.opening import ModelRequest, open_model
 from lepton_dist.runtime.profiling import make_cluster
-from lepton_dist.runtime.run import run
-from tests.end_to_end.shares_job import half_speed
-from tests.end_to_end.timed import seconds_for
-
-_CORES = sorted(os.sched_getaffinity(0))
-_ENGINE = EngineLimits(max_sequences=16, prefix_cache=False, context_tokens=1024)
+from tests.end_to_end.measuring import ENGINE, pin, run_measurement, seconds_for
+from tests.end_to_end.slowness import half_speed
 
 
 def meshes(size: int) -> list[Plan]:
@@ -64,13 +55,13 @@ def measure(controller: Controller, options: argparse.Namespace) -> None:
     cluster = make_cluster("here", world.hosts, world.nodes, facts)
     lengths = offline_lengths(options.requests, seed=7)
     workload = Workload.of([RequestLengths(item.prompt, item.output, item.output) for item in lengths])
-    ranked = rank_plans(Target(cluster, ModelCost.of(config, dtypes), config.max_positions, workload, _ENGINE))
+    ranked = rank_plans(Target(cluster, ModelCost.of(config, dtypes), config.max_positions, workload, ENGINE))
     predicted = {priced.plan.replicas: priced.tokens_per_s for priced in ranked}
     others = [plan.resolve(config.shape, world.size).replicas for plan in meshes(world.size)]
     measured: dict[tuple[Replica, ...], list[float]] = {replicas: [] for replicas in (*predicted, *others)}
     for _ in range(options.repeats):
         for replicas, rates in measured.items():
-            plan = Plan(replicas=replicas, precision=precision, engine=_ENGINE)
+            plan = Plan(replicas=replicas, precision=precision, engine=ENGINE)
             rates.append(tokens_per_s(controller, options.model, plan, lengths))
     medians = [statistics.median(rates) for rates in measured.values()]
     for (replicas, rates), median in zip(measured.items(), medians, strict=True):
@@ -85,19 +76,8 @@ def measure(controller: Controller, options: argparse.Namespace) -> None:
     print(json.dumps({"first_two_of_best": round(max(medians[:2]) / max(medians), 3)}), flush=True)
 
 
-def show_control_groups() -> None:
-    """Mount them where there are none: `ip netns exec` gives a process a bare /sys, and mounts of its own."""
-    root = Path("/sys/fs/cgroup")
-    if root.is_dir() and not any(root.iterdir()):
-        for kind in (["cgroup", "-o", "cpu"], ["cgroup2"]):
-            words = ["mount", "-t", *kind, "none", str(root)]
-            if subprocess.run(words, capture_output=True, check=False).returncode == 0:
-                return
-
-
 def main() -> int:
-    rank = read_launcher().rank
-    os.sched_setaffinity(0, {_CORES[rank % len(_CORES)]})
+    rank = pin()
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("--requests", type=int, default=16)
@@ -106,15 +86,9 @@ def main() -> int:
     parser.add_argument("--half", action="store_true")
     options = parser.parse_args()
 
-    def program(controller: Controller, interrupts: Interrupts) -> int:
-        measure(controller, options)
-        return 0
-
-    if options.half:
-        show_control_groups()
     with half_speed() if options.half else nullcontext("not at all") as how:
         print(f"rank {rank} is slowed by {how}", file=sys.stderr, flush=True)
-        return run(program)
+        return run_measurement(lambda controller: measure(controller, options))
 
 
 if __name__ == "__main__":

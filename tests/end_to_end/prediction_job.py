@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from dataclasses import asdict, dataclass
@@ -20,25 +19,20 @@ from pathlib import Path
 from lepton_dist.bench.memory import PeakMemory, rank_pids
 from lepton_dist.bench.shapes import SHAPES, shaped_model
 from lepton_dist.bench.workload import Lengths, equal_lengths, make_requests, offline_lengths
-from lepton_dist.comm.launcher import read_launcher
 from lepton_dist.coordinator.cluster import Cluster
 from lepton_dist.coordinator.cost_model import CostModel
 from lepton_dist.coordinator.simulator import Simulator, kv_blocks
 from lepton_dist.coordinator.workload import RequestLengths
 from lepton_dist.model.parameters import matrix_kind
 from lepton_dist.model.registry import read_model
-from lepton_dist.plan.plan import EngineLimits, Plan, Precision, Replica, Stage
+from lepton_dist.plan.plan import Plan, Precision, Replica, Stage
 from lepton_dist.plan.precision import decide_dtypes
 from lepton_dist.runtime.blueprint import Blueprint
 from lepton_dist.runtime.controller import Controller
-from lepton_dist.runtime.interrupts import Interrupts
 from lepton_dist.runtime.opening import ModelRequest, open_model
 from lepton_dist.runtime.profiling import make_cluster
-from lepton_dist.runtime.run import run
-from tests.end_to_end.timed import seconds_for
+from tests.end_to_end.measuring import ENGINE, pin, run_measurement, seconds_for
 
-_CORES = sorted(os.sched_getaffinity(0))
-_ENGINE = EngineLimits(max_sequences=16, prefix_cache=False, context_tokens=1024)
 PLANS = {
     "one": (Replica((Stage((0,)),)),),
     "dp2": (Replica((Stage((0,)),)), Replica((Stage((1,)),))),
@@ -82,7 +76,7 @@ class Slice:
     def __init__(self, controller: Controller, cluster: Cluster, folder: Path, name: str, plan: str, weights: str):
         self._controller, self._name, self._plan_name = controller, name, plan
         self._model = str(shaped_model(name, folder))
-        self._plan = Plan(replicas=PLANS[plan], precision=Precision(weights=weights), engine=_ENGINE)
+        self._plan = Plan(replicas=PLANS[plan], precision=Precision(weights=weights), engine=ENGINE)
         self._blueprint = Blueprint.draw(self._model, self._plan, controller.world.size)
         self._cluster = cluster
         config = self._blueprint.config
@@ -101,7 +95,7 @@ class Slice:
     def predicted_bytes(self) -> int:
         """Of the fullest rank."""
         return max(
-            int(held + blocks * _ENGINE.block_tokens * token)
+            int(held + blocks * ENGINE.block_tokens * token)
             for cost, blocks in zip(self._costs.replicas, self._blocks, strict=True)
             for stage in cost.stages
             for held, token in zip(stage.held_bytes, stage.kv_token_bytes, strict=True)
@@ -180,8 +174,7 @@ def tell(title: str, cases: list[Case]) -> None:
 
 
 def main() -> int:
-    rank = read_launcher().rank
-    os.sched_setaffinity(0, {_CORES[rank % len(_CORES)]})
+    pin()
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     for name, known in (("models", [*SHAPES]), ("plans", [*PLANS]), ("workloads", [*WORKLOADS])):
@@ -191,11 +184,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
 
-    def program(controller: Controller, interrupts: Interrupts) -> int:
-        measure(controller, options)
-        return 0
-
-    return run(program)
+    return run_measurement(lambda controller: measure(controller, options))
 
 
 if __name__ == "__main__":
