@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 
 from lepton_dist.bench.shapes import shaped_model
 from tests.clusters import netns
-from tests.clusters.test_generate import BIN, host_environment
+from tests.clusters.test_generate import run_on
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -22,15 +21,7 @@ def test_one_of_the_first_two_plans_is_near_the_best(tmp_path: Path) -> None:
     model = shaped_model("160m", tmp_path)
     words = [sys.executable, "-m", "tests.end_to_end.choice_job", str(model), "--half", "--repeats", "3"]
     with netns.network_hosts(4) as hosts:
-        done = subprocess.run(
-            hosts.mpirun(BIN, 4, *words),
-            env=host_environment(hosts),
-            capture_output=True,
-            text=True,
-            timeout=3600,
-            check=False,
-        )
-    assert done.returncode == 0, done.stderr
+        done = run_on(hosts, 4, *words, seconds=3600)
     assert done.stderr.count("slowed by a quota") == 4, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     for line in lines:

@@ -70,16 +70,8 @@ class TestHosts:
             (tmp_path / "plan.yaml").write_text(f"mesh: {{{mesh}}}\n")
             words += ["--plan", str(tmp_path / "plan.yaml")]
         before = [hosts.sent_bytes(host) for host in hosts.names]
-        done = subprocess.run(
-            hosts.mpirun(BIN, 3, *words),
-            env=host_environment(hosts),
-            capture_output=True,
-            text=True,
-            timeout=90,
-            check=False,
-        )
+        run_on(hosts, 3, *words, seconds=90)
         sent = [hosts.sent_bytes(host) - count for host, count in zip(hosts.names, before, strict=True)]
-        assert done.returncode == 0, done.stderr
         assert results(output) == expected
         # Every step's activations of 256 floats a token left the first host; commands are a few hundred bytes each.
         assert sent[0] > 6 * 24 * 256 * 4, sent
@@ -108,6 +100,20 @@ class TestHosts:
 
 def host_environment(hosts: netns.Hosts) -> dict[str, str]:
     return {**hosts.environment(BIN), "PYTHONPATH": str(ROOT)}
+
+
+def run_on(hosts: netns.Hosts, num_ranks: int, *words: str, seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run ranks over the hosts, to a good end."""
+    done = subprocess.run(
+        hosts.mpirun(BIN, num_ranks, *words),
+        env=host_environment(hosts),
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def rank_pids(word: str) -> dict[int, int]:

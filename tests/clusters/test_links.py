@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.clusters import netns
-from tests.clusters.test_generate import BIN, COMMAND, host_environment
+from tests.clusters.test_generate import COMMAND, run_on
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -38,15 +37,7 @@ def generate(hosts: netns.Hosts, folder: Path, mesh: str, wire: str) -> tuple[di
     options = ["--threads", "1", "--temperature", "0", "--max-tokens", str(OUTPUT_TOKENS), "--ignore-eos"]
     words = [*command, "--input", str(source), "--output", str(output), "--plan", str(plan), *options]
     before = hosts.sent_bytes(hosts.names[0])
-    done = subprocess.run(
-        hosts.mpirun(BIN, 2, *words, "--return-token-ids"),
-        env=host_environment(hosts),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_on(hosts, 2, *words, "--return-token-ids", seconds=120)
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert sorted(row["id"] for row in rows) == list(range(ROWS))
     ids = {row["id"]: row["token_ids"] for row in rows}
