@@ -30,8 +30,6 @@ from lepton_dist.plan.placement import Seat, seats
 from lepton_dist.plan.plan import Plan
 from lepton_dist.plan.precision import Dtypes
 
-_DTYPE = torch.bfloat16
-_DTYPES = Dtypes("bfloat16", "bfloat16", "bfloat16", "bfloat16")
 BLOCK_TOKENS = 16
 MAX_POSITIONS = 16384
 
@@ -43,10 +41,19 @@ class RandomModel:
     config: ModelConfig
     runner: StageRunner
     notice: str
+    dtype: torch.dtype
 
     @staticmethod
-    def build(shape: str, device_name: str, *, num_blocks: int, most_sequences: int, context: int) -> RandomModel:
-        """A model of a named shape on ``cuda`` or ``cpu``, with a KV cache of `num_blocks` blocks.
+    def build(
+        shape: str,
+        device_name: str,
+        *,
+        num_blocks: int,
+        most_sequences: int,
+        context: int,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> RandomModel:
+        """A model of a named shape on ``cuda`` or ``cpu``, all in `dtype`, with a KV cache of `num_blocks` blocks.
 
         Decode steps of up to `most_sequences` sequences of `context` tokens are captured where they can be; `notice`
         says why not.
@@ -54,23 +61,24 @@ class RandomModel:
         devices = _devices(device_name)
         config, table, seat = _drawn(shape)
         alone = Group("alone", [0], 0, Links())
-        link = StageLink(seat, {}, config.shape.hidden, _DTYPE, devices.device)
-        held = HeldParameters(_DTYPES.weights)
+        link = StageLink(seat, {}, config.shape.hidden, dtype, devices.device)
+        dtypes = Dtypes(*[str(dtype).removeprefix("torch.")] * 4)
+        held = HeldParameters(dtypes.weights)
         for parameter in table.of_stage(seat.layers):
             extents = parameter.local_shape(seat.spans)
             if is_norm(parameter.name):
                 held.take(parameter.name, torch.ones(extents, device=devices.device))
             else:
-                values = torch.empty(extents, dtype=_DTYPE, device=devices.device).normal_(std=0.02)
+                values = torch.empty(extents, dtype=dtype, device=devices.device).normal_(std=0.02)
                 held.take(parameter.name, values)
-        stage = build_stage(seat, config, held, _DTYPES, alone, link, devices.device)
+        stage = build_stage(seat, config, held, dtypes, alone, link, devices.device)
         geometry = KvGeometry(
-            config.shape.num_layers, config.shape.num_kv_heads, config.shape.head_dim, BLOCK_TOKENS, _DTYPE
+            config.shape.num_layers, config.shape.num_kv_heads, config.shape.head_dim, BLOCK_TOKENS, dtype
         )
         cache = KvCache(geometry, num_blocks, devices.device)
         problem = graph_problem(stage, devices)
         graphs = None if problem else _captured(stage, cache, devices, most_sequences, context, config.shape.hidden)
-        return RandomModel(config, StageRunner(stage, cache, devices, graphs), problem)
+        return RandomModel(config, StageRunner(stage, cache, devices, graphs), problem, dtype)
 
     def begin(self, batch: RunBatch) -> BegunStep:
         """Start one batch."""
@@ -97,7 +105,7 @@ class RandomModel:
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values in all layers."""
         shape = self.config.shape
-        return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * _DTYPE.itemsize
+        return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * self.dtype.itemsize
 
 
 def _devices(name: str) -> Devices:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+import torch
 
 from lepton_dist.bench.gpu_figures import run_to_the_end
 from lepton_dist.bench.gpu_model import BLOCK_TOKENS, RandomModel
@@ -20,9 +21,17 @@ from lepton_dist.text.completion import RequestOutput
 _BLOCKS = 8  # few enough that sequences give way
 
 
-@pytest.fixture(scope="module")
-def model() -> RandomModel:
-    return RandomModel.build("tiny", "cpu", num_blocks=_BLOCKS, most_sequences=8, context=128)
+def model(dtype: torch.dtype) -> RandomModel:
+    torch.manual_seed(0)
+    return RandomModel.build("tiny", "cpu", num_blocks=_BLOCKS, most_sequences=8, context=128, dtype=dtype)
+
+
+def without_logprobs(outputs: dict[str, RequestOutput]) -> dict[str, list[tuple[list[int], str, str | int | None]]]:
+    """What was drawn, and why it ended."""
+    return {
+        key: [(one.token_ids, one.finish_reason, one.stop_reason) for one in output.completions]
+        for key, output in outputs.items()
+    }
 
 
 class Stops:
@@ -78,9 +87,20 @@ def texts(model: RandomModel, ahead: int) -> tuple[dict[str, RequestOutput], int
     vector_level() != VectorLevel.AVX512,
     reason="what a sequence is batched with may change its last bits (docs/numerics.md), but with kernels for AVX-512",
 )
-def test_texts_are_the_same(model: RandomModel) -> None:
-    behind, fewer, _ = texts(model, ahead=0)
-    ahead, more, num_preemptions = texts(model, ahead=1)
+def test_all_bits_are_the_same_where_kernels_promise_them() -> None:
+    drawn = model(torch.bfloat16)
+    behind, fewer, _ = texts(drawn, ahead=0)
+    ahead, more, num_preemptions = texts(drawn, ahead=1)
     assert len(ahead) == 18 and ahead == behind
+    assert more > fewer, "nothing ran ahead of an end"
+    assert num_preemptions > 0, "the cache was never short"
+
+
+def test_texts_are_the_same() -> None:
+    """In float32 the last bits may differ with the batch, but texts only from a near tie on: none for this seed."""
+    drawn = model(torch.float32)
+    behind, fewer, _ = texts(drawn, ahead=0)
+    ahead, more, num_preemptions = texts(drawn, ahead=1)
+    assert len(ahead) == 18 and without_logprobs(ahead) == without_logprobs(behind)
     assert more > fewer, "nothing ran ahead of an end"
     assert num_preemptions > 0, "the cache was never short"
