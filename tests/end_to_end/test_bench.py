@@ -40,3 +40,12 @@ def test_what_is_wrong_is_told_before_anything_is_measured(tmp_path: Path) -> No
     assert job.returncode == 2 and str(unwritable) in job.stderr, job.report()
     assert job.stdout == "", job.report()
     assert "Traceback" not in job.stderr, job.report()
+
+
+def test_what_was_measured_stands_there_when_the_next_setting_fails(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("mesh: {tp: 1}\nengine: {kv_cache_bytes: 1}\n")
+    job = bench(tmp_path, "--plan", plan, "--compare", "plain,plan", "--cases", "prefill")
+    assert job.returncode == 2 and "kv_cache_bytes" in job.stderr, job.report()
+    assert "prefill" in job.stdout, job.report()
+    assert "Traceback" not in job.stderr, job.report()
