@@ -59,7 +59,7 @@ int lepton_matmul_bf16_512(const struct matmul_call *c) {
     );
 }
 
-/* Eight pairs of k, from pair `k` on, of all rows of a panel, eight rows at a time. Without AVX-512: memory is what it waits for. */
+/* Eight pairs of k, from pair `k` on, of all rows of a panel, eight rows at a time. AVX2 is enough: it waits for memory. */
 static TARGET void pack_pairs(const uint16_t *weights, int64_t in, int64_t k, uint32_t *to) {
     for (int64_t i = 0; i < PANEL; i += 8) {
         __m256i words[8];
