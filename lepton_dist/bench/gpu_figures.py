@@ -92,9 +92,10 @@ def prefill(shape: str, device: str, tokens: int) -> Measured:
     step = prefill_batch(tokens)
     seconds = median_s(lambda: model.begin(step).result(), device, repeats=5)
     sizes = model.config.shape
-    attention = 2 * tokens * (tokens + 1) * sizes.num_heads * sizes.head_dim * sizes.num_layers
-    # The head is computed for the last token only.
-    flops = 2 * tokens * (model.matmul_weights - model.head_weights) + 2 * model.head_weights + attention
+    attention = 2 * tokens * (tokens + 1) * sizes.num_heads * sizes.head_dim * (sizes.num_layers - 1)
+    # The end of the last layer and the head are computed for the last token only.
+    last = model.last_weights + model.head_weights
+    flops = 2 * tokens * (model.matmul_weights - last) + 2 * last + attention
     rate = flops / seconds
     return Measured(
         rate / limit,

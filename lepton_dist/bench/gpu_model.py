@@ -97,6 +97,12 @@ class RandomModel:
         return shape.num_layers * layer + self.head_weights
 
     @property
+    def last_weights(self) -> int:
+        """Those of them behind the last layer's keys and values, which only a prompt's last token meets."""
+        shape = self.config.shape
+        return shape.hidden * (shape.num_heads * shape.head_dim + 3 * shape.ffn)
+
+    @property
     def head_weights(self) -> int:
         """Weights of the head."""
         return self.config.shape.vocab * self.config.shape.hidden

@@ -55,8 +55,8 @@ class PlanLimits:
     model: ModelCost
 
     def prefill(self) -> float:
-        """Tokens/s of one prompt; the head is for its last token alone."""
-        return self._flops_per_s() / (self._turns * 2 * self._layer_weights)
+        """Tokens/s of one prompt; the end of the last layer and the head are for its last token alone."""
+        return self._flops_per_s() / (self._turns * 2 * (self._layer_weights - self._last_weights))
 
     def decode(self, count: int, context: float) -> float:
         """Tokens/s of `count` sequences of `context` cached tokens."""
@@ -71,7 +71,9 @@ class PlanLimits:
         """Tokens/s of output, by the operations alone."""
         items = list(lengths)
         tokens, drawn = sum(item.prompt + item.output for item in items), sum(item.output for item in items)
-        return drawn * self._flops_per_s() / (2 * (self._layer_weights * tokens + self._head_weights * drawn))
+        last = self._last_weights
+        products = (self._layer_weights - last) * tokens + (last + self._head_weights) * drawn
+        return drawn * self._flops_per_s() / (2 * products)
 
     @property
     def _turns(self) -> int:
@@ -86,6 +88,10 @@ class PlanLimits:
     @property
     def _layer_weights(self) -> int:
         return len(self._whole.layers) * self.model.layer_weights(self._whole)
+
+    @property
+    def _last_weights(self) -> int:
+        return self.model.last_weights(self._whole)
 
     @property
     def _head_weights(self) -> int:

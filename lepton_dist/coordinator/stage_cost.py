@@ -68,6 +68,11 @@ class ModelCost:
         attention = (2 * heads + 2 * kv_heads) * shape.head_dim
         return shape.hidden * (attention + (3 if self.is_gated else 2) * span_size(seat.spans[Axis.FFN]))
 
+    def last_weights(self, seat: Seat) -> int:
+        """Those of them behind the keys and values of the model's last layer: only rows that are sampled meet them."""
+        shape, heads = self.shape, span_size(seat.spans[Axis.HEADS])
+        return shape.hidden * (heads * shape.head_dim + (3 if self.is_gated else 2) * span_size(seat.spans[Axis.FFN]))
+
     def vocab_weights(self, seat: Seat) -> int:
         """Values in a seat's rows of the embedding, or of the head."""
         return self.shape.hidden * span_size(seat.spans[Axis.VOCAB])
@@ -98,36 +103,51 @@ class ModelCost:
         return total
 
 
+class _Matrices(NamedTuple):
+    """Operations of a row with them, and the seconds in which they come from memory."""
+
+    dtype: str
+    row_flops: float
+    read_s: float
+
+    @staticmethod
+    def of(num_weights: int, dtype: str, profile: RankProfile) -> _Matrices:
+        return _Matrices(dtype, 2.0 * num_weights, num_weights * WEIGHT_BYTES[dtype] / profile.memory_bytes_per_s)
+
+
 class RankCost:
     """One rank's part of a stage, without what it waits for."""
 
     def __init__(self, model: ModelCost, seat: Seat, profile: RankProfile) -> None:
         self.held_bytes, self.kv_token_bytes = model.held_bytes(seat), model.kv_token_bytes(seat)
         self._matmul, num_layers = profile.matmul, len(seat.layers)
-        self._dtype, self._head_dtype = model.dtypes.weights, model.head_dtype
-        layers, head = num_layers * model.layer_weights(seat), model.vocab_weights(seat) if seat.is_last else 0
-        self._layer_flops, self._head_flops = 2.0 * layers, 2.0 * head
-        self._layers_s = layers * WEIGHT_BYTES[self._dtype] / profile.memory_bytes_per_s
-        self._head_s = head * WEIGHT_BYTES[self._head_dtype] / profile.memory_bytes_per_s
+        last, head = (model.last_weights(seat), model.vocab_weights(seat)) if seat.is_last else (0, 0)
+        layers = num_layers * model.layer_weights(seat) - last
+        self._layers = _Matrices.of(layers, model.dtypes.weights, profile)
+        self._last = _Matrices.of(last, model.dtypes.weights, profile)
+        self._head = _Matrices.of(head, model.head_dtype, profile)
         heads = span_size(seat.spans[Axis.HEADS])
         # Keys and values come from memory once; each query head then works on them, which is what was measured.
         worked = 2 * num_layers * heads * model.shape.head_dim * _PROFILED_KV_BYTES / _PROFILED_GROUP
         self._kv_token_s = max(self.kv_token_bytes / profile.memory_bytes_per_s, worked / profile.attention_bytes_per_s)
-        self._pair_s = 4.0 * num_layers * heads * model.shape.head_dim / profile.attention_flops_per_s
+        whole = num_layers - seat.is_last  # layers that every token of a prompt goes through to the end
+        self._pair_s = 4.0 * whole * heads * model.shape.head_dim / profile.attention_flops_per_s
         self._step_s = profile.step_s + num_layers * profile.layer_s
-        self._token_s = num_layers * model.shape.hidden * profile.element_s
+        layer_token_s = model.shape.hidden * profile.element_s
+        self._token_s = whole * layer_token_s
         self._sequence_s = profile.sequence_s
-        self._sample_s = span_size(seat.spans[Axis.VOCAB]) * profile.logit_s if seat.is_last else 0.0
+        logits_s = span_size(seat.spans[Axis.VOCAB]) * profile.logit_s
+        self._sample_s = layer_token_s + logits_s if seat.is_last else 0.0
         self._curve: dict[tuple[str, int], float] = {}
 
     def terms(self, work: StepWork) -> tuple[float, float, float, float]:
         """Seconds of weights, matmul, attention and overhead: weights and matmul together are the measured curve."""
         tokens, samples, sequences, decode_kv_tokens, prefill_pairs = work
-        weights = self._layers_s
-        matmul = max(0.0, self._layer_flops * tokens * self._per_flop(self._dtype, tokens) - weights) if tokens else 0.0
-        if samples and self._head_flops:
-            weights += self._head_s
-            matmul += max(0.0, self._head_flops * samples * self._per_flop(self._head_dtype, samples) - self._head_s)
+        weights = matmul = 0.0
+        for part, rows in ((self._layers, tokens), (self._last, samples), (self._head, samples)):
+            if rows and part.row_flops:
+                weights += part.read_s
+                matmul += max(0.0, part.row_flops * rows * self._per_flop(part.dtype, rows) - part.read_s)
         attention = decode_kv_tokens * self._kv_token_s + prefill_pairs * self._pair_s
         overhead = self._step_s + tokens * self._token_s + sequences * self._sequence_s + samples * self._sample_s
         return weights, matmul, attention, overhead
@@ -156,9 +176,10 @@ class StageCost:
         self.kv_token_bytes = tuple(cost.kv_token_bytes for cost in own)
         self._own, self._ranks = tuple(own), tuple(unique.values())
         first = seats[0]
-        self._num_reduces = 2 * len(first.layers) if len(seats) > 1 else 0
+        self._num_reduces = 2 * (len(first.layers) - first.is_last) if len(seats) > 1 else 0
+        self._reduces_samples = first.is_last and len(seats) > 1  # twice in the last layer
         self._embeds = first.is_first and len(seats) > 1
-        self._samples_s = cluster.all_reduce_s(self._members, 16) if first.is_last and len(seats) > 1 else 0.0
+        self._samples_s = cluster.all_reduce_s(self._members, 16) if self._reduces_samples else 0.0
         self._row_bytes = model.shape.hidden * WEIGHT_BYTES[model.dtypes.compute]
         self._wire_row_bytes = model.shape.hidden * WIRE_BYTES[model.dtypes.wire]
         # An int8 wire carries the sums of layers too, but only between nodes.
@@ -166,33 +187,34 @@ class StageCost:
         self._sum_row_bytes = self._wire_row_bytes if is_narrow else self._row_bytes
         # Activations are whole on every rank of a stage: rank j gets them from rank j mod n of the n before.
         self._links = {cluster.link(before[j % len(before)], rank) for j, rank in enumerate(self._members) if before}
-        self._moves: dict[int, tuple[float, float]] = {}
+        self._moves: dict[tuple[int, int], tuple[float, float]] = {}
 
     def terms(self, work: StepWork) -> Terms:
         """Seconds of the slowest rank."""
         slowest = max((rank.terms(work) for rank in self._ranks), key=sum) if len(self._ranks) > 1 else None
         weights, matmul, attention, overhead = slowest or self._ranks[0].terms(work)
-        collectives, transfers = self._moved(work.tokens)
-        if work.samples:
-            collectives += self._samples_s
+        collectives, transfers = self._moved(work)
         return Terms(weights, matmul, attention, collectives, transfers, overhead)
 
     def rank_seconds(self, work: StepWork) -> list[float]:
         """Seconds in which each rank of the stage computes, or moves what all wait for."""
-        moved_s = sum(self._moved(work.tokens))
+        moved_s = sum(self._moved(work))
         return [sum(rank.terms(work)) + moved_s for rank in self._own]
 
-    def _moved(self, tokens: int) -> tuple[float, float]:
-        found = self._moves.get(tokens)
+    def _moved(self, work: StepWork) -> tuple[float, float]:
+        tokens, samples = work.tokens, work.samples
+        found = self._moves.get((tokens, samples))
         if found is None:
             collectives = transfers = 0.0
             if self._num_reduces:
                 collectives = self._num_reduces * self._reduce_s(tokens * self._sum_row_bytes)
+            if self._reduces_samples and samples:
+                collectives += 2 * self._reduce_s(samples * self._sum_row_bytes) + self._samples_s
             if self._embeds:
                 collectives += self._reduce_s(tokens * self._row_bytes)
             if self._links:
                 transfers = max(link.seconds(tokens * self._wire_row_bytes) for link in self._links)
-            found = self._moves[tokens] = collectives, transfers
+            found = self._moves[tokens, samples] = collectives, transfers
         return found
 
     def _reduce_s(self, num_bytes: float) -> float:

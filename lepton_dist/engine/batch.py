@@ -63,6 +63,12 @@ def read_spans(batch: RunBatch) -> Int32:
     return read_int32(batch.spans, _SPAN_FIELDS)
 
 
+def read_rows(batch: RunBatch) -> NDArray[np.int64]:
+    """The rows that are read behind the last layer, to be sampled or scored: ascending int64 [r]."""
+    sampled, scored = read_int32(batch.samples.rows), read_int32(batch.prompt_rows, 3)[:, 0]
+    return (np.union1d(sampled, scored) if scored.size else sampled).astype(np.int64)
+
+
 def make_batch(step: int, chunks: Seq[Chunk]) -> RunBatch:
     """The command for a scheduled batch."""
     spans, tokens, tables = [], [], []

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from lepton_dist.engine.batch import RunBatch, read_int32, read_spans
-from lepton_dist.kernels.attention import PagedBatch, enter_cache, paged_attention
+from lepton_dist.kernels.attention import PagedBatch, ReadRows, enter_cache, paged_attention
 from lepton_dist.kernels.cpu.memory import fresh_zeros
 from lepton_dist.kernels.upload import upload
 
@@ -70,11 +70,16 @@ class CachedAttention:
         value: torch.Tensor,
         angles: tuple[torch.Tensor, torch.Tensor] | None,
         window: int | None,
+        read: ReadRows | None = None,
     ) -> torch.Tensor:
         """Rotate, write the batch's keys and values, then attend."""
         keys, values = self.arenas(layer)
         query = enter_cache(turned, value, angles, keys, values, self.batch.slots)
-        return paged_attention(query, keys, values, self.batch, window)
+        if read is None:
+            return paged_attention(query, keys, values, self.batch, window)
+        if not read.index.numel():
+            return query[:0]
+        return paged_attention(query[read.index], keys, values, read.queries, window)
 
     def arenas(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Attend`."""

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from lepton_dist.comm.devices import Devices
-from lepton_dist.engine.batch import RunBatch, SampleRows, read_int32, read_spans
+from lepton_dist.engine.batch import RunBatch, SampleRows, read_int32, read_rows, read_spans
 from lepton_dist.engine.decode_graphs import DecodeGraphs
 from lepton_dist.engine.kv_cache import CachedAttention, KvCache, Layout, lay_out
 from lepton_dist.engine.sampler import VocabShard, check_numbers, sample, score
+from lepton_dist.kernels.attention import ReadRows
 from lepton_dist.kernels.upload import upload
 from lepton_dist.parallel.stage import ParallelStage
 from lepton_dist.text.completion import TokenLogprob
@@ -105,6 +106,8 @@ class StageRunner:
         received = None if stage.seat.is_first else stage.link.receive()
         if self._graphs is not None and self._graphs.can_run(batch):
             hidden = self._graphs.run(batch, layout, self._tokens(batch) if received is None else None, received)
+            if stage.seat.is_last and len(rows := read_rows(batch)) < batch.num_tokens:
+                hidden = hidden[upload(rows, self._device)]
         else:
             hidden = self._run_layers(batch, layout, received)
         if stage.seat.is_last:
@@ -125,12 +128,15 @@ class StageRunner:
             self._finish(batch, hidden)
 
     def _run_layers(self, batch: RunBatch, layout: Layout, hidden: torch.Tensor | None) -> torch.Tensor:
+        """float32 [tokens, hidden]; on the last stage [r, hidden], of the batch's `read_rows`."""
         decoder, device = self._stage.decoder, self._device
         positions = upload(layout.positions, device)
         if hidden is None:
             hidden = decoder.embed(self._tokens(batch), positions)
-        attend = CachedAttention(self._cache, layout.paged(device))
-        return decoder.run_layers(hidden, positions, self._is_long(batch), attend)
+        paged, read = layout.paged(device), None
+        if self._stage.seat.is_last and len(rows := read_rows(batch)) < batch.num_tokens:
+            read = ReadRows(upload(rows, device), paged.of_rows(rows))
+        return decoder.run_layers(hidden, positions, self._is_long(batch), CachedAttention(self._cache, paged), read)
 
     def _tokens(self, batch: RunBatch) -> torch.Tensor:
         """int64 [tokens], with those that the step before drew in their places."""
@@ -147,22 +153,24 @@ class StageRunner:
         return upload(np.repeat(spans[:, 4].astype(bool), spans[:, 1]), self._device)
 
     def _finish(self, batch: RunBatch, hidden: torch.Tensor) -> BegunStep:
-        """Norm, head and sampling of the rows that ask for it."""
+        """Norm, head and sampling; hidden [r, hidden] of the batch's `read_rows`."""
         head = self._stage.decoder.head
         if head is None:
             raise ValueError("this stage has no head: only the last has")
         stage = self._stage
         shard = VocabShard(stage.vocab_start, head.projection.weight.out_features, stage.vocab, stage.tp)
-        rows = read_int32(batch.samples.rows)
+        rows, read = read_int32(batch.samples.rows), read_rows(batch)
         tokens = torch.empty(0, dtype=torch.int64, device=self._device)
         logprobs: dict[int, list[TokenLogprob]] = {}
         if rows.size:
-            logits = head(hidden[upload(rows.astype(np.int64), self._device)])
+            sampled = hidden if rows.size == read.size else hidden[upload(np.searchsorted(read, rows), self._device)]
+            logits = head(sampled)
             tokens, logprobs = self._sample(logits, batch.samples, shard)
         prompt_logprobs = []
         prompt_rows = read_int32(batch.prompt_rows, 3).astype(np.int64)
         if prompt_rows.size:
-            picked, following = (upload(prompt_rows[:, column], self._device) for column in (0, 1))
+            picked = upload(np.searchsorted(read, prompt_rows[:, 0]), self._device)
+            following = upload(prompt_rows[:, 1], self._device)
             prompt_logprobs = score(head(hidden[picked]), following, prompt_rows[:, 2].tolist(), shard)
         self._drawn = tokens
         host, wait = self._to_host(tokens, batch.step)

@@ -74,6 +74,14 @@ class Prefill:
         return self.masks[window]
 
 
+@dataclass(frozen=True)
+class ReadRows:
+    """The rows of a batch that are read behind its last layer: int64 [r] where the cache is; their queries."""
+
+    index: torch.Tensor
+    queries: PagedBatch
+
+
 class PagedBatch:
     """Where a batch's tokens lie in the cache, and what they attend to.
 
@@ -95,6 +103,18 @@ class PagedBatch:
         batch = PagedBatch(slots, np.empty((0, 3), dtype=np.int64), tables)
         batch.decodes = Decodes(None, tables, lengths)
         return batch
+
+    def of_rows(self, rows: NDArray[np.int64]) -> PagedBatch:
+        """The queries of these rows alone, ascending int64 [r], as a batch of r rows; their keys are in the cache."""
+        starts, counts, lengths = self.spans.T
+        of = np.searchsorted(starts, rows, side="right") - 1
+        ends = (lengths - counts - starts)[of] + rows + 1  # what each row sees
+        # A run of neighbouring rows of one sequence is a span.
+        first = np.flatnonzero((np.diff(rows, prepend=-2) != 1) | (np.diff(of, prepend=-1) != 0))
+        sizes = np.diff(first, append=len(rows))
+        spans = np.stack([first, sizes, ends[first + sizes - 1]], axis=1)
+        device = self.slots.device
+        return PagedBatch(self.slots[upload(rows, device)], spans, self.tables[upload(of[first], device)])
 
     def tasks(self, group: int) -> PagedTasks:
         """The batch as the compiled kernel takes it, for `group` query heads a KV head."""

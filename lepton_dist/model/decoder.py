@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from lepton_dist.kernels.activations import ACTIVATIONS
+from lepton_dist.kernels.attention import ReadRows
 from lepton_dist.kernels.cpu.layer import NativeLayer
 from lepton_dist.model.config import ModelConfig
 from lepton_dist.model.held import HeldParameters
@@ -46,6 +47,26 @@ class DecoderLayer:
         mixed = self.attention(normed, angles, layer, attend)
         return self.mlp(self.mlp_norm.add(hidden, mixed))
 
+    def last(
+        self,
+        hidden: torch.Tensor,
+        delta: torch.Tensor | None,
+        angles: tuple[torch.Tensor, torch.Tensor] | None,
+        layer: int,
+        attend: Attend,
+        read: ReadRows,
+    ) -> torch.Tensor:
+        """As a model's last layer, from which few rows are read: all leave keys and values, those alone go on.
+
+        -> their residual stream, this layer's delta in it: float32 [rows, hidden].
+        """
+        normed = self.attention_norm(hidden) if delta is None else self.attention_norm.add(hidden, delta)
+        mixed = self.attention.mix(normed, angles, layer, attend, read)
+        kept = hidden[read.index]
+        if not read.index.numel():
+            return kept
+        return kept.add_(self.mlp(self.mlp_norm.add(kept, self.attention.output(mixed))))
+
 
 @dataclass
 class Head:
@@ -75,13 +96,23 @@ class Decoder:
         return self.embedding(tokens, positions)
 
     def run_layers(
-        self, hidden: torch.Tensor, positions: torch.Tensor, is_long: torch.Tensor | None, attend: Attend
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        is_long: torch.Tensor | None,
+        attend: Attend,
+        read: ReadRows | None = None,
     ) -> torch.Tensor:
-        """hidden float32 [tokens, hidden], positions int64 [tokens] -> hidden, changed in place."""
+        """hidden float32 [tokens, hidden], positions int64 [tokens] -> hidden, changed in place.
+
+        With `read`, on the last stage, the last layer computes those rows alone: -> [rows, hidden].
+        """
         angles = None if self.rope is None else self.rope.rows(positions, is_long)
-        delta = None
-        for index, layer in enumerate(self.layers):
+        delta, whole = None, self.layers if read is None else self.layers[:-1]
+        for index, layer in enumerate(whole):
             delta = layer(hidden, delta, angles, index, attend)
+        if read is not None:
+            return self.layers[-1].last(hidden, delta, angles, len(whole), attend, read)
         return hidden if delta is None else hidden.add_(delta)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from lepton_dist.kernels.activations import gated
-from lepton_dist.kernels.attention import PagedBatch
+from lepton_dist.kernels.attention import PagedBatch, ReadRows
 from lepton_dist.kernels.linear import Weight
 from lepton_dist.kernels.norms import add_rms_norm, layer_norm, rms_norm
 
@@ -33,11 +33,12 @@ class Attend(Protocol):
         value: torch.Tensor,
         angles: tuple[torch.Tensor, torch.Tensor] | None,
         window: int | None,
+        read: ReadRows | None = None,
     ) -> torch.Tensor:
-        """Rotate by `angles` and attend.
+        """Rotate by `angles`, keep keys and values, and attend with all rows, or those that are `read`.
 
         turned [tokens, heads + kv_heads, head_dim], queries before keys; value [tokens, kv_heads, head_dim]; angles cos
-        and sin [tokens, 1, dim / 2], or None -> [tokens, heads, head_dim].
+        and sin [tokens, 1, dim / 2], or None -> [rows, heads, head_dim].
         """
         ...
 
@@ -127,14 +128,24 @@ class Attention:
         self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None, layer: int, attend: Attend
     ) -> torch.Tensor:
         """x [tokens, hidden]; angles cos and sin [tokens, 1, dim / 2], or None -> [tokens, hidden]."""
+        return self.output(self.mix(x, angles, layer, attend))
+
+    def mix(
+        self,
+        x: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor] | None,
+        layer: int,
+        attend: Attend,
+        read: ReadRows | None = None,
+    ) -> torch.Tensor:
+        """What goes into the output's matmul, of all rows or those that are `read`: [rows, heads/tp * head_dim]."""
         heads, kv_heads = self.num_heads, self.num_kv_heads
         # [tokens, (heads + 2 kv_heads)/tp, head_dim]
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         turned, value = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
         if self.q_norm is not None and self.k_norm is not None:
             turned = torch.cat((self.q_norm(turned[:, :heads]), self.k_norm(turned[:, heads:])), dim=1)
-        mixed = attend(layer, turned, value, angles, self.window)
-        return self.output(mixed.reshape(x.shape[0], -1))
+        return attend(layer, turned, value, angles, self.window, read).flatten(1)
 
 
 @dataclass

@@ -132,7 +132,8 @@ def _overheads(node: Group, alone: Group) -> dict[str, float]:
     pairs = _PROMPT * (_PROMPT + 1) // 2
     shallow, deep = step_s(few, one), step_s(many, one)
     a_layer = max(deep - shallow, 0.0) / (_LAYERS[1] - _LAYERS[0])
-    element = max(step_s(many, prompt) - deep - _LAYERS[1] * prefill_s, 0.0) / (_PROMPT * _LAYERS[1] * HIDDEN)
+    whole = _LAYERS[1] - 1  # layers that all of the prompt goes through: its last token alone ends the last
+    element = max(step_s(many, prompt) - deep - whole * prefill_s, 0.0) / (_PROMPT * whole * HIDDEN)
     some = step_s(many, several)
     sequence = max(some - deep, 0.0) / (_SEQUENCES - 1) - _LAYERS[1] * HIDDEN * element
     logit = max(step_s(wide, several) - some, 0.0) / (_SEQUENCES * (_VOCAB - 64))

@@ -16,6 +16,7 @@ from lepton_dist.plan.precision import Dtypes
 from tests.unit.coordinator.test_cluster import PROFILE
 
 LAYER_WEIGHTS, HEAD_WEIGHTS = 4 * 128 * (2 * (8 + 2) * 16 + 3 * 512), 1000 * 128
+LAST_WEIGHTS = 128 * (8 * 16 + 3 * 512)  # the output and the MLP of one layer
 TOKEN_BYTES = 2 * 4 * 2 * 16 * 2
 
 
@@ -42,11 +43,11 @@ def limits(*replicas: Replica, weights: str = "bfloat16") -> PlanLimits:
 
 def test_one_rank() -> None:
     one = limits(ONE)
-    assert one.prefill() == pytest.approx(8e9 / (2 * LAYER_WEIGHTS))
+    assert one.prefill() == pytest.approx(8e9 / (2 * (LAYER_WEIGHTS - LAST_WEIGHTS)))
     few = 2 * (LAYER_WEIGHTS + HEAD_WEIGHTS) + 40 * TOKEN_BYTES
     assert one.decode(1, 40) == pytest.approx(1e9 / few), "memory is the limit of few sequences"
     assert one.decode(1000, 0) == pytest.approx(8e9 / (2 * (LAYER_WEIGHTS + HEAD_WEIGHTS))), "and matmuls of many"
-    operations = 2 * (LAYER_WEIGHTS * 30 + HEAD_WEIGHTS * 10)
+    operations = 2 * ((LAYER_WEIGHTS - LAST_WEIGHTS) * 30 + (LAST_WEIGHTS + HEAD_WEIGHTS) * 10)
     assert one.offline([Lengths(15, 5), Lengths(5, 5)]) == pytest.approx(10 * 8e9 / operations)
 
 

@@ -87,7 +87,9 @@ def test_jumps_change_nothing(blocks: int) -> None:
     assert plain.num_preemptions == quick.num_preemptions
     assert (blocks == 60) == (plain.num_preemptions > 0)
     assert quick.makespan_s == pytest.approx(plain.makespan_s, rel=1e-3)
-    assert sorted(quick.latencies_s) == pytest.approx(sorted(plain.latencies_s), rel=0.02)
+    # A jump's steps are alike, so what arrives at the edge of a step may get into the next one: 0.1 s with a prompt.
+    assert sorted(quick.latencies_s) == pytest.approx(sorted(plain.latencies_s), rel=0.02, abs=0.1)
+    assert sum(quick.latencies_s) == pytest.approx(sum(plain.latencies_s), rel=0.01)
 
 
 def test_unequal_replicas_end_together() -> None:

@@ -10,40 +10,12 @@ from torch.nn import functional
 
 from lepton_dist.engine.batch import RunBatch
 from lepton_dist.engine.kv_cache import CachedAttention, KvCache, KvGeometry, lay_out
-from lepton_dist.kernels.activations import ACTIVATIONS
-from lepton_dist.kernels.cpu.matmul import PanelWeight
 from lepton_dist.kernels.cpu.native import native_library
-from lepton_dist.kernels.linear import make_weight
 from lepton_dist.model.decoder import DecoderLayer, make_layer
-from lepton_dist.model.layers import Attention, Linear, Mlp, Norm
 from lepton_dist.runtime.skeleton import decode_batch, prefill_batch
-
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, BLOCK_TOKENS = 96, 6, 2, 32, 160, 16
+from tests.unit.model.layer import BLOCK_TOKENS, HEAD_DIM, HIDDEN, KV_HEADS, layer
 
 pytestmark = pytest.mark.skipif(native_library() is None, reason="the compiled kernels were not built")
-
-
-def linear(out_features: int, in_features: int, kind: str, bias: bool = False) -> Linear:
-    weight = torch.randn(out_features, in_features) / in_features**0.5
-    held = make_weight(weight) if kind == "float32" else PanelWeight(weight.bfloat16(), kind)
-    return Linear(held, torch.zeros(out_features) if bias else None, lambda x: x)
-
-
-def layer(
-    kind: str, dtype: torch.dtype, *, window: int | None = None, bias: bool = False, rotated: int = 32
-) -> DecoderLayer:
-    torch.manual_seed(0)
-    norms = [Norm(torch.rand(HIDDEN) + 0.5, None, 1e-5, dtype) for _ in range(2)]
-    attention = Attention(
-        qkv=linear((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN, kind, bias),
-        q_norm=None,
-        k_norm=None,
-        output=linear(HIDDEN, HEADS * HEAD_DIM, kind),
-        head_dim=HEAD_DIM,
-        window=window,
-    )
-    mlp = Mlp(linear(2 * FFN, HIDDEN, kind), linear(HIDDEN, FFN, kind), ACTIVATIONS["silu"], is_gated=True)
-    return make_layer(norms[0], attention, norms[1], mlp, rotated)
 
 
 def run(made: DecoderLayer, batch: RunBatch, cache_dtype: torch.dtype, with_delta: bool) -> tuple[torch.Tensor, ...]:
