@@ -62,9 +62,9 @@ class RankProfile:
 
     `memory_bytes_per_s` is the rate of reading memory; `attention_bytes_per_s` that of decode attention over bfloat16
     keys and values that four query heads share, `attention_flops_per_s` that of attention in prefill. The rest is what
-    no weight explains: `step_s` of any step, `layer_s` of a layer, `sequence_s` of a sequence in a batch, `element_s`
-    of one channel of one token in one layer (norms, rope, activations, residuals), `logit_s` of one logit of a sampled
-    token.
+    no weight explains: `step_s` of any step, `layer_s` of a layer, `sequence_s` of a sequence in a batch, `kv_head_s`
+    of one KV head of one sequence in one layer, before it has many keys, `element_s` of one channel of one token in one
+    layer (norms, rope, activations, residuals), `logit_s` of one logit of a sampled token.
     """
 
     rank: int
@@ -80,6 +80,7 @@ class RankProfile:
     step_s: float
     layer_s: float
     sequence_s: float
+    kv_head_s: float = 0.0
     element_s: float = 0.0
     logit_s: float = 0.0
 
@@ -90,7 +91,7 @@ class RankProfile:
         return (
             *(self.device, self.threads, self.memory_bytes, self.memory_bytes_per_s, curves),
             *(self.attention_bytes_per_s, self.attention_flops_per_s),
-            *(self.step_s, self.layer_s, self.sequence_s, self.element_s, self.logit_s),
+            *(self.step_s, self.layer_s, self.sequence_s, self.kv_head_s, self.element_s, self.logit_s),
         )
 
 

@@ -17,7 +17,7 @@ from lepton_dist.storage.outputs import write_output
 
 _KEYS = ("name", "kinds", "hosts", "links")
 _RATES = ("memory_bytes_per_s", "attention_bytes_per_s", "attention_flops_per_s")
-_SECONDS = ("step_s", "layer_s", "sequence_s", "element_s", "logit_s")
+_SECONDS = ("step_s", "layer_s", "sequence_s", "kv_head_s", "element_s", "logit_s")
 _KIND_KEYS = ("device", "threads", "memory_bytes", *_RATES, *_SECONDS, "matmul_flops_per_s")
 _LINKS = ("within_node", "between_nodes", "pairs", "within_reduce", "between_reduce")
 _DIGITS = 4

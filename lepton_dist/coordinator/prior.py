@@ -10,7 +10,7 @@ from lepton_dist.coordinator.cluster import Cluster, Link, Matmul, RankProfile
 # Of one thread of a server of the early 2020s, in round numbers; a rank with n threads does n times as much.
 _MEMORY_BYTES_PER_S, _ATTENTION_BYTES_PER_S, _ATTENTION_FLOPS_PER_S = 1e10, 3e9, 2e10
 _MATMUL_FLOPS_PER_S = 7e10
-_STEP_S, _LAYER_S, _SEQUENCE_S, _ELEMENT_S, _LOGIT_S = 5e-4, 2e-4, 5e-5, 2e-9, 2e-9
+_STEP_S, _LAYER_S, _SEQUENCE_S, _KV_HEAD_S, _ELEMENT_S, _LOGIT_S = 5e-4, 2e-4, 1e-5, 1e-6, 2e-9, 2e-9
 _WITHIN_NODE, _BETWEEN_NODES = Link(1e-5, 5e9), Link(3e-5, 1e9)
 
 
@@ -51,6 +51,7 @@ def _typical_rank(rank: int, host: str, node: int, threads: int) -> RankProfile:
         step_s=_STEP_S,
         layer_s=_LAYER_S,
         sequence_s=_SEQUENCE_S,
+        kv_head_s=_KV_HEAD_S / count,
         element_s=_ELEMENT_S / count,
         logit_s=_LOGIT_S / count,
     )

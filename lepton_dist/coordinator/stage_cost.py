@@ -135,7 +135,8 @@ class RankCost:
         self._step_s = profile.step_s + num_layers * profile.layer_s
         layer_token_s = model.shape.hidden * profile.element_s
         self._token_s = whole * layer_token_s
-        self._sequence_s = profile.sequence_s
+        kv_heads = span_size(seat.spans[Axis.KV_HEADS])
+        self._sequence_s = profile.sequence_s + num_layers * kv_heads * profile.kv_head_s
         logits_s = span_size(seat.spans[Axis.VOCAB]) * profile.logit_s
         self._sample_s = layer_token_s + logits_s if seat.is_last else 0.0
         self._curve: dict[tuple[str, int], float] = {}

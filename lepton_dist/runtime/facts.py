@@ -59,6 +59,7 @@ class ComputeFacts(msgspec.Struct, frozen=True):
     step_s: float
     layer_s: float
     sequence_s: float
+    kv_head_s: float
     element_s: float
     logit_s: float
 

@@ -61,6 +61,7 @@ def _profile(fact: RankFacts, host: str, node: int) -> RankProfile:
         step_s=compute.step_s,
         layer_s=compute.layer_s,
         sequence_s=compute.sequence_s,
+        kv_head_s=compute.kv_head_s,
         element_s=compute.element_s,
         logit_s=compute.logit_s,
     )
@@ -116,6 +117,7 @@ def _common(group: list[RankProfile]) -> RankProfile:
         step_s=median(lambda profile: profile.step_s),
         layer_s=median(lambda profile: profile.layer_s),
         sequence_s=median(lambda profile: profile.sequence_s),
+        kv_head_s=median(lambda profile: profile.kv_head_s),
         element_s=median(lambda profile: profile.element_s),
         logit_s=median(lambda profile: profile.logit_s),
     )

@@ -1,8 +1,8 @@
 """How near predictions come: profile this machine, predict tokens/s and memory, run, compare.
 
 ``mpirun -n 2 python -m tests.end_to_end.prediction_job FOLDER [--models 160m,tiny] [--plans one,dp2,tp2,pp2]
-[--workloads prompts,outputs,mixed] [--weights bfloat16] [--repeats 5]``. Shapes are made in FOLDER and kept. All cases
-of a call are predicted from one profile, taken at its beginning; a slice of them is chosen by the options. Rank 0
+[--workloads prompts,outputs,mixed] [--weights bfloat16] [--repeats 5]``. Shapes are made in FOLDER and kept. The cases
+of a model and plan are predicted from a profile taken right before them; a slice is chosen by the options. Rank 0
 prints a JSON line a case, then the table and the errors. A case whose repeats spread by more than a tenth is listed
 apart: it says more of the machine than of the prediction.
 """
@@ -24,7 +24,6 @@ from lepton_dist.coordinator.cost_model import CostModel
 from lepton_dist.coordinator.simulator import Simulator, kv_blocks
 from lepton_dist.coordinator.workload import RequestLengths
 from lepton_dist.model.parameters import matrix_kind
-from lepton_dist.model.registry import read_model
 from lepton_dist.plan.plan import Plan, Precision, Replica, Stage
 from lepton_dist.plan.precision import decide_dtypes
 from lepton_dist.runtime.blueprint import Blueprint
@@ -139,13 +138,12 @@ class Slice:
 
 def measure(controller: Controller, options: argparse.Namespace) -> None:
     world, folder = controller.world, Path(options.folder)
-    dtypes = {read_model(str(shaped_model(name, folder)))[0].dtype for name in options.models} | {options.weights}
-    kinds = sorted({kind for dtype in dtypes for kind in (dtype, matrix_kind("head.weight", dtype))})
-    facts = controller.examine(kinds=kinds, threads=1)
-    cluster = make_cluster("here", world.hosts, world.nodes, facts)
+    kinds = sorted({options.weights, matrix_kind("head.weight", options.weights)})
     cases: list[Case] = []
     for name in options.models:
         for plan in options.plans:
+            facts = controller.examine(kinds=kinds, threads=1)
+            cluster = make_cluster("here", world.hosts, world.nodes, facts)
             part = Slice(controller, cluster, folder, name, plan, options.weights)
             cases += part.run(options.workloads, options.repeats)
     tell("cases", [case for case in cases if case.spread <= _SPREAD])

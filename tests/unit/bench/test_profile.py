@@ -20,6 +20,7 @@ COMPUTE = ComputeFacts(
     step_s=1e-4,
     layer_s=5e-5,
     sequence_s=1e-5,
+    kv_head_s=2e-6,
     element_s=1e-9,
     logit_s=1e-9,
 )
@@ -114,7 +115,7 @@ def test_ranks_measure_everything_together() -> None:
             assert all(1e7 < rate < 1e14 for _, rate in points)
         assert 1e8 < facts.memory_bytes_per_s < 1e13
         assert facts.attention_bytes_per_s > 1e6 and facts.attention_flops_per_s > 1e7
-        for name in ("step_s", "layer_s", "sequence_s"):
+        for name in ("step_s", "layer_s", "sequence_s", "kv_head_s"):
             assert 0 <= getattr(facts, name) < 0.1, name
         assert 0 <= facts.element_s < 1e-5 and 0 <= facts.logit_s < 1e-5
         assert curve.num_ranks == 2 and len(curve.seconds) == len(compute.REDUCE_BYTES)

@@ -36,6 +36,7 @@ PROFILE = RankProfile(
     step_s=2e-4,
     layer_s=5e-5,
     sequence_s=3e-6,
+    kv_head_s=2e-6,
     element_s=1e-9,
     logit_s=2e-10,
 )

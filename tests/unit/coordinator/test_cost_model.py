@@ -27,7 +27,7 @@ from lepton_dist.plan.precision import Dtypes
 BF16 = Dtypes("bfloat16", "bfloat16", "bfloat16", "bfloat16")
 SHAPE = ModelShape(num_layers=8, hidden=1024, num_heads=16, num_kv_heads=4, head_dim=64, ffn=4096, vocab=32000)
 MATMUL = Matmul({"bfloat16": ((1, 1e10), (32, 1e11), (512, 2e11))})
-PROFILE = RankProfile(0, "h", 0, "cpu", 1, 8 << 30, 2e10, MATMUL, 1e10, 5e10, 2e-4, 5e-5, 3e-6, 1e-9, 1e-10)
+PROFILE = RankProfile(0, "h", 0, "cpu", 1, 8 << 30, 2e10, MATMUL, 1e10, 5e10, 2e-4, 5e-5, 3e-6, 5e-7, 1e-9, 1e-10)
 EXAMPLE = Path(__file__).parents[3] / "configs" / "examples" / "tiny-stdlib"
 DECODE = StepWork(16, 16, 16, 16 * 300)
 PREFILL = StepWork(512, 1, 1, 0, chunk_pairs(0, 512))
@@ -108,7 +108,7 @@ def test_weights_and_matmul_together_are_the_measured_curve() -> None:
     rest = 2 * 512 * (layers - last) / MATMUL.flops_per_s("bfloat16", 512)
     assert prompt.weights + prompt.matmul == pytest.approx(rest + alone)
     assert terms.attention == pytest.approx(16 * 300 * 2 * 8 * 4 * 64 * 2 / 1e10)
-    overhead = 2e-4 + 8 * 5e-5 + 16 * 3e-6 + 16 * 8 * 1024 * 1e-9
+    overhead = 2e-4 + 8 * 5e-5 + 16 * (3e-6 + 8 * 4 * 5e-7) + 16 * 8 * 1024 * 1e-9
     assert terms.overhead == pytest.approx(overhead + 16 * 32000 * 1e-10)
     ungated = model(staged(Stage((0,))), is_gated=False).replicas[0].interval(DECODE._replace(samples=0))
     assert ungated.weights == pytest.approx(2 * (layers - last - 7 * 1024 * 4096) / 2e10)

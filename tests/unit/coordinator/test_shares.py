@@ -21,7 +21,14 @@ PREFILL = StepWork(512, 1, 1, 0, chunk_pairs(0, 512))
 def kind(speed: float) -> dict[str, object]:
     """One core of a small server, as `profile` writes it; a slow one takes as much longer for everything."""
     rates = {"memory_bytes_per_s": 1.3e10, "attention_bytes_per_s": 2.8e9, "attention_flops_per_s": 2e10}
-    seconds = {"step_s": 8e-4, "layer_s": 2e-4, "sequence_s": 1e-4, "element_s": 3e-9, "logit_s": 5e-9}
+    seconds = {
+        "step_s": 8e-4,
+        "layer_s": 2e-4,
+        "sequence_s": 1e-4,
+        "kv_head_s": 3e-6,
+        "element_s": 3e-9,
+        "logit_s": 5e-9,
+    }
     return {
         "device": "cpu",
         "threads": 1,
