@@ -197,7 +197,7 @@ def _mapping(
             raise document.error(f"{key}.{name}" if key else name, f"is no key here; known: {', '.join(known)}")
     for name in needed:
         if name not in value:
-            raise document.error(key, f"lacks the key {name!r}")
+            raise document.error(key, f"lacks the key {name!r}: `lepton-dist profile` writes files that have all")
     return value
 
 
