@@ -1,7 +1,8 @@
 /* Attention of one query token, a few query heads a KV head, over a bfloat16 cache: decoding.
  *
  * Too few rows share a key to pay for widening it into memory: keys and values are widened in registers, 16 channels as
- * their even and odd ones, for up to 4 heads at a time.
+ * their even and odd ones, for up to 4 heads at a time. Memory is asked for what comes next a line at a time between the
+ * multiplications: asked for all of it at once, a core waits until it may ask again.
  */
 #ifndef LEPTON_DECODE_ATTENTION_H
 #define LEPTON_DECODE_ATTENTION_H
@@ -9,6 +10,7 @@
 #include "attention.h"
 
 #define FEW_ROWS 4
+#define LINE 32 /* bfloat16 values of a cache line */
 
 struct few { /* every array a multiple of 32 bytes long */
     float query[FEW_ROWS * MAX_DIM] __attribute__((aligned(64))); /* per 16 channels: the even, then the odd */
@@ -24,8 +26,11 @@ INLINE TARGET void widen_16(const uint16_t *at, __m256 *even, __m256 *odd) {
     *odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32((int32_t)0xffff0000)));
 }
 
-INLINE TARGET void score_few(struct few *w, const uint16_t *keys, int64_t count, int64_t dim, const int rows) {
+INLINE TARGET void score_few(
+    struct few *w, const uint16_t *keys, const uint16_t *next, int64_t count, int64_t dim, const int rows
+) {
     for (int64_t t = 0; t < count; t += 2) {
+        for (int64_t d = 0; d < 2 * dim; d += LINE) __builtin_prefetch(next + t * dim + d);
         const uint16_t *first = keys + t * dim, *second = t + 1 < count ? first + dim : first;
         __m256 sum[2 * FEW_ROWS];
         UNROLL for (int i = 0; i < 2 * FEW_ROWS; i++) sum[i] = _mm256_setzero_ps();
@@ -66,7 +71,9 @@ INLINE TARGET void weigh_few(struct few *w) {
     _mm256_store_ps(w->total, _mm256_add_ps(shrunk, sum));
 }
 
-INLINE TARGET void mix_few(struct few *w, const uint16_t *values, int64_t count, int64_t dim, const int rows) {
+INLINE TARGET void mix_few(
+    struct few *w, const uint16_t *values, const uint16_t *next, int64_t count, int64_t dim, const int rows
+) {
     for (int64_t d = 0; d < dim; d += 16) {
         __m256 sum[2 * FEW_ROWS];
         UNROLL for (int r = 0; r < rows; r++) {
@@ -77,6 +84,7 @@ INLINE TARGET void mix_few(struct few *w, const uint16_t *values, int64_t count,
         for (int64_t t = 0; t < count; t++) {
             __m256 even, odd;
             widen_16(values + t * dim + d, &even, &odd);
+            if (d % LINE == 0) __builtin_prefetch(next + t * dim + d);
             UNROLL for (int r = 0; r < rows; r++) {
                 const __m256 weight = _mm256_broadcast_ss(w->weights[t] + r);
                 sum[2 * r] = _mm256_fmadd_ps(weight, even, sum[2 * r]);
@@ -112,14 +120,11 @@ INLINE TARGET void attend_few(const struct paged_call *c, const int64_t *task, i
         if (count > KEYS) count = KEYS;
         if (count > last - at) count = last - at;
         const int64_t base = place(c, table, kv_head, at);
-        if (at + count < last) {
-            const int64_t next = place(c, table, kv_head, at + count);
-            fetch(c->keys, 1, next, KEYS * dim);
-            fetch(c->values, 1, next, KEYS * dim);
-        }
-        score_few(&w, (const uint16_t *)c->keys + base, count, dim, rows);
+        const int64_t next = at + count < last ? place(c, table, kv_head, at + count) : base;
+        const uint16_t *keys = c->keys, *values = c->values;
+        score_few(&w, keys + base, keys + next, count, dim, rows);
         weigh_few(&w);
-        mix_few(&w, (const uint16_t *)c->values + base, count, dim, rows);
+        mix_few(&w, values + base, values + next, count, dim, rows);
         at += count;
     }
     for (int r = 0; r < rows; r++) {
