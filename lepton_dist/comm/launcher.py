@@ -11,7 +11,10 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
+
+from lepton_dist.config.machine import cpu_quota
 
 Kind = Literal["none", "mpich", "openmpi", "slurm", "pmix"]
 
@@ -76,6 +79,12 @@ def read_launcher(environment: Mapping[str, str] | None = None) -> Launcher:
     if "PMIX_RANK" in found:
         return Launcher("pmix", _number(found, "PMIX_RANK", 0), 0)
     return Launcher("none", 0, 1, 0, 1)
+
+
+@cache
+def is_rationed() -> bool:
+    """Whether the ranks of this node have less than a core each, by a quota. Asked once: quotas come with the job."""
+    return cpu_quota() < max(read_launcher().local_size, 1)
 
 
 def library_kind(version: str) -> str:

@@ -1,7 +1,8 @@
 """Waiting without hanging and without heating the machine.
 
 `wait_until` is for a rank in the middle of an operation: it spins, then yields the core (ranks may outnumber cores),
-then sleeps for a small part of the time already waited. `Backoff` is for loops that may be idle for hours.
+then sleeps for a small part of the time already waited. Where a quota gives a rank less than a core it sleeps sooner:
+time spent on waiting would be missing when there is work. `Backoff` is for loops that may be idle for hours.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import os
 import time
 from collections.abc import Callable
 
+from lepton_dist.comm.launcher import is_rationed
 from lepton_dist.comm.patience import Patience
 from lepton_dist.errors import RankLostError
 
 SPINS = 50
-GRACE_S = 0.005
+GRACE_S, RATIONED_GRACE_S = 0.005, 0.0005
 SHORTEST_SLEEP_S = 50e-6
 LONGEST_SLEEP_S = 1e-3
 # A sleep is at most this part of the time already waited, which bounds what sleeping adds to a wait.
@@ -32,7 +34,7 @@ def wait_until(
 
     `what` describes the operation and the peers that are missing; it is called only when the deadline has passed.
     `idle` is called before each sleep: a wait that does not itself call MPI lets MPI make progress there. Sleeping
-    begins after `grace_s`, which is longer where `ready` itself moves data.
+    begins after `grace_s`, which is longer where `ready` itself moves data, but soon where cores are rationed.
 
     Raises:
         RankLostError: the deadline of `patience` has passed.
@@ -42,6 +44,7 @@ def wait_until(
             return
     start = time.perf_counter()
     seconds, phase = patience.seconds, patience.phase
+    grace_s = min(grace_s, RATIONED_GRACE_S) if is_rationed() else grace_s
     while True:
         if ready():
             return

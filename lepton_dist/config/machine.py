@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,19 +37,31 @@ def fair_threads(masks: Sequence[Sequence[int]], mine: int) -> int:
         for bit in range(64):
             if (word >> bit) & 1:
                 share += 1 / sum((mask[index] >> bit) & 1 for mask in masks)
-    return max(1, min(round(share), _quota_cores()))
+    return max(1, min(round(share), int(min(cpu_quota(), 1 << 30))))
 
 
-def _quota_cores() -> int:
-    """Whole cores of the cgroup's CPU quota; a large number where there is none."""
-    for quota_path, period_path in (
-        (Path("/sys/fs/cgroup/cpu.max"), None),
-        (Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")),
-    ):
-        words = _words(quota_path) + (_words(period_path) if period_path else [])
-        if len(words) == 2 and all(word.isdigit() for word in words):
-            return max(1, int(words[0]) // int(words[1]))
-    return 1 << 30
+def cpu_quota(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> float:
+    """The cores' worth of time that this process's control groups leave to all that is in them; infinite without one.
+
+    A quota of a group holds for those inside of it too. In a container the group's own folder may be what is mounted.
+    """
+    found = [math.inf]
+    for line in _lines(groups):
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for root in (mounted, mounted / "cpu", mounted / "unified"):
+            inside = root / path.strip("/")
+            found += [_quota(folder) for folder in (inside, *inside.parents) if folder.is_relative_to(root)]
+    return min(found)
+
+
+def _quota(folder: Path) -> float:
+    """Of one control group, of version 2 or 1."""
+    words = _words(folder / "cpu.max")
+    words = words or _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us")
+    is_limited = len(words) == 2 and all(word.isdigit() for word in words)
+    return int(words[0]) / int(words[1]) if is_limited else math.inf
 
 
 def available_bytes(ranks_on_node: int) -> int:
@@ -73,7 +86,11 @@ def available_bytes(ranks_on_node: int) -> int:
 
 
 def _words(path: Path) -> list[str]:
+    return " ".join(_lines(path)).split()
+
+
+def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="ascii").split()
+        return path.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []

@@ -11,6 +11,7 @@ from itertools import cycle
 import torch
 
 from lepton_dist.comm.group import Group
+from lepton_dist.comm.launcher import is_rationed
 from lepton_dist.engine.batch import RunBatch
 from lepton_dist.kernels.linear import Weight, make_weight
 from lepton_dist.runtime.facts import ComputeFacts, ReduceCurve
@@ -90,21 +91,24 @@ def _timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _median_s(node: Group, call: Callable[[], object]) -> float:
-    """Median seconds of a call while the other ranks of the node do the same."""
+def _seconds_of(node: Group, call: Callable[[], object]) -> float:
+    """Seconds of a call in the median, while the other ranks of the node do the same.
+
+    The mean under a quota: of calls that are shorter than its period most run at full speed, and a few stand still.
+    """
     call()
     node.barrier()
     end = time.perf_counter() + _SECONDS_AN_ITEM
     times = [_timed(call), _timed(call)]
     while time.perf_counter() < end and len(times) < _MOST_CALLS:
         times.append(_timed(call))
-    return statistics.median(times)
+    return statistics.fmean(times) if is_rationed() else statistics.median(times)
 
 
 def _memory_rate(node: Group) -> float:
     num_bytes = max(_NODE_BYTES // node.size, _LEAST_BYTES)
     values = torch.ones(num_bytes // 4)
-    return num_bytes / _median_s(node, values.sum)
+    return num_bytes / _seconds_of(node, values.sum)
 
 
 def _matmul_rates(node: Group, kind: str) -> list[tuple[int, float]]:
@@ -117,7 +121,7 @@ def _matmul_rates(node: Group, kind: str) -> list[tuple[int, float]]:
     for width in WIDTHS:
         inputs = [torch.randn(width, extents[1]).to(dtype) for extents in _MATRICES]
         turns = cycle(range(0, len(weights), 2))
-        rates.append((width, 4 * _WEIGHTS * width / _median_s(node, partial(_multiply, weights, inputs, turns))))
+        rates.append((width, 4 * _WEIGHTS * width / _seconds_of(node, partial(_multiply, weights, inputs, turns))))
     return rates
 
 
@@ -139,10 +143,10 @@ def _overheads(node: Group, alone: Group) -> dict[str, float]:
     cached = decode_batch(_SEQUENCES, context)
 
     def step_s(skeleton: Skeleton, batch: RunBatch) -> float:
-        return _median_s(node, lambda: skeleton.step(batch))
+        return _seconds_of(node, lambda: skeleton.step(batch))
 
-    attend_s = _median_s(node, lambda: many.attend(cached, next(layers)))
-    prefill_s = _median_s(node, lambda: many.attend(prompt, 0))
+    attend_s = _seconds_of(node, lambda: many.attend(cached, next(layers)))
+    prefill_s = _seconds_of(node, lambda: many.attend(prompt, 0))
     pairs = _PROMPT * (_PROMPT + 1) // 2
     shallow, deep = step_s(few, one), step_s(many, one)
     a_layer = max(deep - shallow, 0.0) / (_LAYERS[1] - _LAYERS[0])
@@ -154,11 +158,11 @@ def _overheads(node: Group, alone: Group) -> dict[str, float]:
     in_a_layer = max(most - more, 0.0) / (_LAYERS[1] - _LAYERS[0])
     sequence = more - _LAYERS[0] * in_a_layer
     logit = max(step_s(wide, several) - some, 0.0) / (_SEQUENCES * (_VOCAB - 64))
-    loop, loops = (_median_s(node, EngineLoop(count).step) for count in (1, _SEQUENCES))
+    loop, loops = (_seconds_of(node, EngineLoop(count).step) for count in (1, _SEQUENCES))
     engine = max(loops - loop, 0.0) / (_SEQUENCES - 1)
     tiny = make_weight(torch.zeros(64, 64, dtype=torch.bfloat16))
     x = torch.zeros(1, 64, dtype=torch.bfloat16)
-    call_s = _median_s(node, lambda: tiny.matmul(x))
+    call_s = _seconds_of(node, lambda: tiny.matmul(x))
     return {
         "attention_bytes_per_s": _SEQUENCES * context * _token_bytes() / attend_s,
         "attention_flops_per_s": 4 * pairs * HEADS * HEAD_DIM / prefill_s,

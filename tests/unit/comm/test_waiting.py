@@ -7,6 +7,7 @@ from itertools import accumulate
 
 import pytest
 
+from lepton_dist.comm import wait
 from lepton_dist.comm.patience import Patience
 from lepton_dist.comm.wait import Backoff, wait_until
 from lepton_dist.errors import RankLostError
@@ -39,6 +40,20 @@ def test_a_long_wait_sleeps_and_calls_idle() -> None:
     wait_until(lambda: time.perf_counter() - start > 0.5, Patience(), str, lambda: idles.append(1))
     assert time.process_time() - used < 0.15
     assert len(idles) > 50
+
+
+def test_a_rank_with_a_part_of_a_core_sleeps_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    def used_by_short_waits() -> float:
+        used = time.process_time()
+        for _ in range(25):
+            start = time.perf_counter()
+            wait_until(lambda start=start: time.perf_counter() - start > 0.004, Patience(), str)  # type: ignore[misc]
+        return time.process_time() - used
+
+    monkeypatch.setattr(wait, "is_rationed", lambda: False)
+    spinning = used_by_short_waits()
+    monkeypatch.setattr(wait, "is_rationed", lambda: True)
+    assert used_by_short_waits() < 0.5 * spinning
 
 
 def test_backoff_grows_to_its_longest_and_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
