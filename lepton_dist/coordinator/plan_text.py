@@ -37,9 +37,6 @@ def described(target: Target, plans: Sequence[Priced], notes: Sequence[str]) -> 
             f"        the workload takes {best.seconds:.1f} s, {core_hours(target, best.seconds):.3g} core-hours of "
             f"this job's {num_cores(target)} cores"
         )
-    tokens = best.plan.engine.max_batch_tokens
-    if tokens != target.limits.max_batch_tokens:
-        lines.append(f"        steps of at most {tokens} tokens, which is better than {target.limits.max_batch_tokens}")
     spare = set(range(len(cluster.ranks))) - best.plan.ranks
     if spare:
         lines.append(f"        left out, for they would not pay: rank(s) {format_ranks(spare)}")

@@ -26,7 +26,7 @@ from lepton_dist.coordinator.pricing import (
 from lepton_dist.coordinator.shapes import mixed_shapes, uniform_shapes
 from lepton_dist.errors import UsageError
 from lepton_dist.plan.axes import ModelShape
-from lepton_dist.plan.plan import EngineLimits, Plan, Replica, Stage
+from lepton_dist.plan.plan import Plan, Replica, Stage
 from lepton_dist.plan.precision import QUANTIZED
 
 Objective = Literal["throughput", "latency"]
@@ -34,8 +34,6 @@ OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 _PRICED = 16  # candidates that get a full price, of those that a sum of their replicas' prices favours
 _SIMULATED = 8  # and of those, the simulator's word for a short workload
 _MORE_THAN_NOISE = 1.02  # a plan that uses more ranks must be this much better to be preferred
-_TUNED = 2  # plans for which other sizes of step are simulated
-_STEP_TOKENS = (256, 128, 64)
 
 
 class DoesNotFitError(UsageError):
@@ -88,24 +86,10 @@ def _ordered(target: Target, priced: list[Priced], objective: Objective) -> list
         # Copies of the fastest replica cost no latency: of equals, the plan that does more.
         return sorted(priced, key=lambda plan: (max(plan.latency_s, near_s), -plan.tokens_per_s))
     first = sorted((simulated(target, plan) for plan in sorted(priced, key=_merit)[:_SIMULATED]), key=_merit)
-    first = sorted([*(_tuned(target, plan) for plan in first[:_TUNED]), *first[_TUNED:]], key=_merit)
     # A tie goes to the plan that keeps fewer ranks busy.
     ties = [plan for plan in first if plan.tokens_per_s * _MORE_THAN_NOISE >= first[0].tokens_per_s]
     chosen = min(ties, key=lambda plan: (plan.num_ranks, _merit(plan)))
     return [chosen, *(plan for plan in first if plan is not chosen)]
-
-
-def _tuned(target: Target, plan: Priced) -> Priced:
-    """With smaller steps, where the simulator finds them better: limits of the user's own are obeyed.
-
-    A pipeline is held up less by a prompt in pieces, and fewer steps are so narrow that they wait for the weights.
-    """
-    if not plan.is_simulated or target.limits.max_batch_tokens != EngineLimits().max_batch_tokens:
-        return plan
-    limits = (replace(plan.plan.engine, max_batch_tokens=tokens) for tokens in _STEP_TOKENS)
-    others = [simulated(target, replace(plan, plan=replace(plan.plan, engine=one))) for one in limits]
-    best = min(others, key=_merit)
-    return best if best.tokens_per_s > _MORE_THAN_NOISE * plan.tokens_per_s else plan
 
 
 def _merit(plan: Priced) -> float:

@@ -9,8 +9,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from lepton_dist.coordinator.cluster import Cluster, Link, Matmul
-from lepton_dist.coordinator.plan_text import described
+from lepton_dist.coordinator.cluster import Cluster, Link
 from lepton_dist.coordinator.planner import DoesNotFitError, rank_plans
 from lepton_dist.coordinator.pricing import MEMORY_MARGIN, Target
 from lepton_dist.coordinator.stage_cost import ModelCost
@@ -18,7 +17,7 @@ from lepton_dist.coordinator.workload import RequestLengths, Workload
 from lepton_dist.errors import ConfigError
 from lepton_dist.plan.axes import ModelShape
 from lepton_dist.plan.document import parse_plan, plan_to_yaml
-from lepton_dist.plan.plan import EngineLimits, Plan
+from lepton_dist.plan.plan import Plan
 from lepton_dist.plan.precision import Dtypes
 from tests.unit.coordinator.test_oracles import BF16, machines
 
@@ -54,22 +53,6 @@ def test_a_large_model_is_shared_where_links_are_fast_and_cut_where_they_are_slo
     deep = best(with_memory(slow, size), LARGE, objective="latency").replicas[0]
     assert len(wide.stages) == 1 and len(wide.stages[0].ranks) == 4
     assert all(len(stage.ranks) == 1 for stage in deep.stages) and len(deep.stages) >= 3
-
-
-def test_a_pipeline_takes_long_prompts_in_pieces_unless_told_how() -> None:
-    made = with_memory(replace(machines([1.0] * 2, [0, 1]), between_nodes=Link(1e-4, 1e8)), 330 << 20)
-    flat = Matmul({"bfloat16": ((1, 2e10), (32, 2e11), (512, 2e11))})  # kernels that need no more than 32 rows
-    cluster = replace(made, ranks=tuple(replace(rank, matmul=flat) for rank in made.ranks))
-    workload = Workload.of([RequestLengths(20 + 97 * index % 500, 40, 40) for index in range(24)])
-    wanted = target(cluster, workload=workload)
-    free = rank_plans(wanted)[0]
-    fixed = rank_plans(replace(wanted, limits=EngineLimits(max_batch_tokens=511)))[0]
-    assert len(free.plan.replicas[0].stages) == len(fixed.plan.replicas[0].stages) == 2
-    assert free.plan.engine.max_batch_tokens < 511 == fixed.plan.engine.max_batch_tokens
-    assert free.tokens_per_s > 1.02 * fixed.tokens_per_s
-    assert f"steps of at most {free.plan.engine.max_batch_tokens} tokens" in described(wanted, [free], [])
-    alone = target(machines([1.0], [0]), workload=Workload.of([RequestLengths(500, 1, 1)] * 4))
-    assert rank_plans(alone)[0].plan.engine.max_batch_tokens == 512, "pieces would only be slower"
 
 
 def test_a_fast_stage_gets_more_layers() -> None:
