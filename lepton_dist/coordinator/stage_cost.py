@@ -139,26 +139,25 @@ class RankCost:
         self._sequence_s = profile.sequence_s + num_layers * kv_heads * profile.kv_head_s
         logits_s = span_size(seat.spans[Axis.VOCAB]) * profile.logit_s
         self._sample_s = layer_token_s + logits_s if seat.is_last else 0.0
-        self._curve: dict[tuple[str, int], float] = {}
+        self._products: dict[tuple[int, int], tuple[float, float]] = {}
 
     def terms(self, work: StepWork) -> tuple[float, float, float, float]:
         """Seconds of weights, matmul, attention and overhead: weights and matmul together are the measured curve."""
         tokens, samples, sequences, decode_kv_tokens, prefill_pairs = work
-        weights = matmul = 0.0
-        for part, rows in ((self._layers, tokens), (self._last, samples), (self._head, samples)):
-            if rows and part.row_flops:
-                weights += part.read_s
-                matmul += max(0.0, part.row_flops * rows * self._per_flop(part.dtype, rows) - part.read_s)
+        weights, matmul = self._products.get((tokens, samples)) or self._multiplied(tokens, samples)
         attention = decode_kv_tokens * self._kv_token_s + prefill_pairs * self._pair_s
         overhead = self._step_s + tokens * self._token_s + sequences * self._sequence_s + samples * self._sample_s
         return weights, matmul, attention, overhead
 
-    def _per_flop(self, dtype: str, width: int) -> float:
-        """Seconds of a flop at a width; kept, for steps ask for the same widths over and over."""
-        found = self._curve.get((dtype, width))
-        if found is None:
-            found = self._curve[dtype, width] = 1.0 / self._matmul.flops_per_s(dtype, width)
-        return found
+    def _multiplied(self, tokens: int, samples: int) -> tuple[float, float]:
+        """Weights and matmul of a step; kept, for steps of the same widths come over and over."""
+        weights = matmul = 0.0
+        for part, rows in ((self._layers, tokens), (self._last, samples), (self._head, samples)):
+            if rows and part.row_flops:
+                weights += part.read_s
+                matmul += max(0.0, part.row_flops * rows / self._matmul.flops_per_s(part.dtype, rows) - part.read_s)
+        self._products[tokens, samples] = weights, matmul
+        return weights, matmul
 
 
 class StageCost:
