@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lepton_dist.kernels.cpu.matmul import PanelWeight
 from lepton_dist.kernels.linear import Weight, make_weight
 from lepton_dist.model.parameters import is_factor, matrix_kind
 
@@ -19,16 +18,12 @@ class HeldParameters:
     matrices: dict[str, Weight] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def take(self, name: str, tensor: torch.Tensor) -> bool:
-        """Hold a parameter that is loaded. Packing each at once leaves only one that is there in both forms.
-
-        False where `tensor` was copied into panels and is not looked at again.
-        """
-        if not is_factor(name, tensor.dim()):
+    def take(self, name: str, tensor: torch.Tensor) -> None:
+        """Hold a parameter that is loaded. Packing each at once leaves only one that is there in both forms."""
+        if is_factor(name, tensor.dim()):
+            self.matrices[name] = make_weight(tensor, matrix_kind(name, self.weights))
+        else:
             self.tensors[name] = tensor
-            return True
-        weight = self.matrices[name] = make_weight(tensor, matrix_kind(name, self.weights))
-        return not isinstance(weight, PanelWeight)
 
     def tied_head(self) -> Weight:
         """The head that is the embedding's matrix, which the embedding keeps."""

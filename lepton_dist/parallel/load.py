@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from math import prod
 
 import torch
 
@@ -19,8 +18,8 @@ from lepton_dist.storage.distribution import Piece, Rectangle, cut_pieces
 from lepton_dist.storage.index import CheckpointIndex
 from lepton_dist.storage.slices import SliceReader
 
-Take = Callable[[str, torch.Tensor], bool]
-"""Takes a loaded parameter, by name; whether it keeps the tensor itself, and not only what it made of it."""
+Take = Callable[[str, torch.Tensor], None]
+"""Keeps a loaded parameter, by name."""
 
 _CPU = torch.device("cpu")
 
@@ -32,8 +31,6 @@ class _Arriving:
         self._shapes = {one.name: one.local_shape(seat.spans) for one in table.of_stage(seat.layers)}
         self._dtype, self._device, self._take = dtype, device, take
         self._tensors: dict[str, torch.Tensor] = {}
-        self._rooms: dict[str, torch.Tensor] = {}  # of matrices on the CPU: uint8, they may be larger than need be
-        self._spare = torch.empty(0, dtype=torch.uint8)  # the next matrix's room, whose pages were touched already
         self._missing: Counter[str] = Counter()
 
     def expect(self, need: Need, pieces: int) -> None:
@@ -58,24 +55,13 @@ class _Arriving:
         """A piece of a need is in place."""
         self._missing[need.parameter] -= 1
         if self._missing[need.parameter] == 0:
-            is_kept = self._take(need.parameter, self._tensors.pop(need.parameter))
-            room = self._rooms.pop(need.parameter, self._spare)
-            if not is_kept and room.nbytes > self._spare.nbytes:
-                self._spare = room
+            self._take(need.parameter, self._tensors.pop(need.parameter))
 
     def _empty(self, name: str) -> torch.Tensor:
-        shape, dtype = self._shapes[name], torch.float32 if is_norm(name) else self._dtype
-        if self._device.type != "cpu":
-            return torch.empty(shape, dtype=dtype, device=self._device)
-        if len(shape) == 1:  # norms and biases, which stay as they are
-            return fresh_zeros(shape, dtype)
-        num_bytes, room = prod(shape) * dtype.itemsize, self._spare
-        if num_bytes > room.nbytes:
-            room = fresh_zeros((num_bytes,), torch.uint8)
-        else:
-            self._spare = torch.empty(0, dtype=torch.uint8)
-        self._rooms[name] = room
-        return room[:num_bytes].view(dtype).view(shape)
+        dtype = torch.float32 if is_norm(name) else self._dtype
+        if self._device.type == "cpu":
+            return fresh_zeros(self._shapes[name], dtype)
+        return torch.empty(self._shapes[name], dtype=dtype, device=self._device)
 
 
 def load_seat(
@@ -90,8 +76,7 @@ def load_seat(
     """Load this rank's parameters straight to its `device`, norms in float32, the rest in `dtype`.
 
     Each is handed to `take` as soon as it is whole. Collective over all the ranks of the plan. Peak memory is what
-    `take` keeps, a parameter and the room of another, with replicas a few, one bounded read buffer, and one piece that
-    is passed on.
+    `take` keeps, a parameter or with replicas a few, one bounded read buffer, and one piece that is passed on.
 
     Raises:
         CheckpointError: a weight file ends early or cannot be read.
