@@ -65,8 +65,7 @@ class ModelCost:
         """Values in the matrices of one layer that a seat holds: qkv, attention output, up (and gate), down."""
         shape = self.shape
         heads, kv_heads = span_size(seat.spans[Axis.HEADS]), span_size(seat.spans[Axis.KV_HEADS])
-        attention = (2 * heads + 2 * kv_heads) * shape.head_dim
-        return shape.hidden * (attention + (3 if self.is_gated else 2) * span_size(seat.spans[Axis.FFN]))
+        return shape.hidden * (heads + 2 * kv_heads) * shape.head_dim + self.last_weights(seat)
 
     def last_weights(self, seat: Seat) -> int:
         """Those of them behind the keys and values of the model's last layer: only rows that are sampled meet them."""

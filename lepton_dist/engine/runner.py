@@ -8,6 +8,7 @@ from functools import partial
 import msgspec
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lepton_dist.comm.devices import Devices
 from lepton_dist.engine.batch import RunBatch, SampleRows, read_int32, read_rows, read_spans
@@ -104,14 +105,15 @@ class StageRunner:
         stage = self._stage
         layout = lay_out(batch, self._cache.geometry.block_tokens)
         received = None if stage.seat.is_first else stage.link.receive()
+        rows = read_rows(batch) if stage.seat.is_last else None
         if self._graphs is not None and self._graphs.can_run(batch):
             hidden = self._graphs.run(batch, layout, self._tokens(batch) if received is None else None, received)
-            if stage.seat.is_last and len(rows := read_rows(batch)) < batch.num_tokens:
+            if rows is not None and len(rows) < batch.num_tokens:
                 hidden = hidden[upload(rows, self._device)]
         else:
-            hidden = self._run_layers(batch, layout, received)
-        if stage.seat.is_last:
-            return self._finish(batch, hidden)
+            hidden = self._run_layers(batch, layout, received, rows)
+        if rows is not None:
+            return self._finish(batch, hidden, rows)
         stage.link.send(hidden)
         return None
 
@@ -123,18 +125,21 @@ class StageRunner:
         """
         stage = self._stage
         received = None if stage.seat.is_first else torch.zeros(batch.num_tokens, hidden_size, device=self._device)
-        hidden = self._run_layers(batch, lay_out(batch, self._cache.geometry.block_tokens), received)
-        if stage.seat.is_last:
-            self._finish(batch, hidden)
+        rows = read_rows(batch) if stage.seat.is_last else None
+        hidden = self._run_layers(batch, lay_out(batch, self._cache.geometry.block_tokens), received, rows)
+        if rows is not None:
+            self._finish(batch, hidden, rows)
 
-    def _run_layers(self, batch: RunBatch, layout: Layout, hidden: torch.Tensor | None) -> torch.Tensor:
-        """float32 [tokens, hidden]; on the last stage [r, hidden], of the batch's `read_rows`."""
+    def _run_layers(
+        self, batch: RunBatch, layout: Layout, hidden: torch.Tensor | None, rows: NDArray[np.int64] | None
+    ) -> torch.Tensor:
+        """float32 [tokens, hidden]; on the last stage [r, hidden], of its `rows`."""
         decoder, device = self._stage.decoder, self._device
         positions = upload(layout.positions, device)
         if hidden is None:
             hidden = decoder.embed(self._tokens(batch), positions)
         paged, read = layout.paged(device), None
-        if self._stage.seat.is_last and len(rows := read_rows(batch)) < batch.num_tokens:
+        if rows is not None and len(rows) < batch.num_tokens:
             read = ReadRows(upload(rows, device), paged.of_rows(rows))
         return decoder.run_layers(hidden, positions, self._is_long(batch), CachedAttention(self._cache, paged), read)
 
@@ -152,14 +157,14 @@ class StageRunner:
         spans = read_spans(batch)
         return upload(np.repeat(spans[:, 4].astype(bool), spans[:, 1]), self._device)
 
-    def _finish(self, batch: RunBatch, hidden: torch.Tensor) -> BegunStep:
-        """Norm, head and sampling; hidden [r, hidden] of the batch's `read_rows`."""
+    def _finish(self, batch: RunBatch, hidden: torch.Tensor, read: NDArray[np.int64]) -> BegunStep:
+        """Norm, head and sampling; hidden [r, hidden] of the rows `read`."""
         head = self._stage.decoder.head
         if head is None:
             raise ValueError("this stage has no head: only the last has")
         stage = self._stage
         shard = VocabShard(stage.vocab_start, head.projection.weight.out_features, stage.vocab, stage.tp)
-        rows, read = read_int32(batch.samples.rows), read_rows(batch)
+        rows = read_int32(batch.samples.rows)
         tokens = torch.empty(0, dtype=torch.int64, device=self._device)
         logprobs: dict[int, list[TokenLogprob]] = {}
         if rows.size:

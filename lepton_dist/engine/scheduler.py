@@ -138,10 +138,8 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, num_tokens: int, chunks: list[Chunk]) -> bool:
         """Blocks for `num_tokens` tokens, preempting younger sequences; False when it has to wait itself."""
-        if self.blocks.extend(sequence, num_tokens):
-            return True
-        scheduled = {id(chunk.sequence) for chunk in chunks}
         while not self.blocks.extend(sequence, num_tokens):
+            scheduled = {id(chunk.sequence) for chunk in chunks}
             idle = (other for other in reversed(self._running) if not other.num_pending and id(other) not in scheduled)
             victim = next(idle, None)
             if victim is None:

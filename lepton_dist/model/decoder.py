@@ -43,7 +43,7 @@ class DecoderLayer:
         if self.native is not None and angles is not None and self.native.can_enter(arenas := attend.arenas(layer)):
             mixed = self.native.attention(hidden, delta, angles, arenas, attend.batch)
             return self.mlp.down.reduce(self.native.mlp(hidden, self.attention.output.reduce(mixed)))
-        normed = self.attention_norm(hidden) if delta is None else self.attention_norm.add(hidden, delta)
+        normed = self.attention_norm.add(hidden, delta)
         mixed = self.attention(normed, angles, layer, attend)
         return self.mlp(self.mlp_norm.add(hidden, mixed))
 
@@ -60,7 +60,7 @@ class DecoderLayer:
 
         -> their residual stream, this layer's delta in it: float32 [rows, hidden].
         """
-        normed = self.attention_norm(hidden) if delta is None else self.attention_norm.add(hidden, delta)
+        normed = self.attention_norm.add(hidden, delta)
         mixed = self.attention.mix(normed, angles, layer, attend, read)
         kept = hidden[read.index]
         if not read.index.numel():

@@ -76,8 +76,10 @@ class Norm:
             return rms_norm(x, self.weight, self.eps, self.dtype)
         return layer_norm(x, self.weight, self.bias, self.eps, self.dtype)
 
-    def add(self, hidden: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        """hidden float32 [tokens, dim] += delta, in place; then the norm of the sum."""
+    def add(self, hidden: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
+        """hidden float32 [tokens, dim] += delta, in place, where there is one; then the norm of the sum."""
+        if delta is None:
+            return self(hidden)
         if self.bias is None:
             return add_rms_norm(hidden, delta, self.weight, self.eps, self.dtype)
         hidden += delta
