@@ -14,6 +14,7 @@ from lepton_dist.comm.devices import Devices, see_gpus
 from lepton_dist.comm.group import Group
 from lepton_dist.comm.patience import Patience
 from lepton_dist.comm.transport import Links
+from lepton_dist.coordinator.stage_cost import ModelCost
 from lepton_dist.engine.batch import RunBatch
 from lepton_dist.engine.decode_graphs import DecodeGraphs, bucket_sizes, graph_problem
 from lepton_dist.engine.kv_cache import KvCache, KvGeometry
@@ -41,7 +42,8 @@ class RandomModel:
     config: ModelConfig
     runner: StageRunner
     notice: str
-    dtype: torch.dtype
+    cost: ModelCost
+    seat: Seat
 
     @staticmethod
     def build(
@@ -78,7 +80,9 @@ class RandomModel:
         cache = KvCache(geometry, num_blocks, devices.device)
         problem = graph_problem(stage, devices)
         graphs = None if problem else _captured(stage, cache, devices, most_sequences, context, config.shape.hidden)
-        return RandomModel(config, StageRunner(stage, cache, devices, graphs), problem, dtype)
+        return RandomModel(
+            config, StageRunner(stage, cache, devices, graphs), problem, ModelCost.of(config, dtypes), seat
+        )
 
     def begin(self, batch: RunBatch) -> BegunStep:
         """Start one batch."""
@@ -90,28 +94,22 @@ class RandomModel:
     @property
     def matmul_weights(self) -> int:
         """Weights that a token is multiplied with, the head's included: all but the embedding's rows."""
-        shape = self.config.shape
-        heads = shape.num_heads * shape.head_dim
-        kv = shape.num_kv_heads * shape.head_dim
-        layer = shape.hidden * (2 * heads + 2 * kv + 3 * shape.ffn)
-        return shape.num_layers * layer + self.head_weights
+        return len(self.seat.layers) * self.cost.layer_weights(self.seat) + self.head_weights
 
     @property
     def last_weights(self) -> int:
         """Those of them behind the last layer's keys and values, which only a prompt's last token meets."""
-        shape = self.config.shape
-        return shape.hidden * (shape.num_heads * shape.head_dim + 3 * shape.ffn)
+        return self.cost.last_weights(self.seat)
 
     @property
     def head_weights(self) -> int:
         """Weights of the head."""
-        return self.config.shape.vocab * self.config.shape.hidden
+        return self.cost.vocab_weights(self.seat)
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values in all layers."""
-        shape = self.config.shape
-        return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * self.dtype.itemsize
+        return int(self.cost.kv_token_bytes(self.seat))
 
 
 def _devices(name: str) -> Devices:
