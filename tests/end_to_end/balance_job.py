@@ -3,7 +3,7 @@
 ``mpirun -n 2 python -m tests.end_to_end.balance_job MODEL [--requests 400] [--repeats 5] [--alone 2] [--neighbours 1,3]
 [--policies predicted,round_robin] [--weights bfloat16]``. Rank 0 prints a JSON line a case. T_i is what replica i alone
 needs for the whole batch, slowed as in the test; the bound is 1 / sum(1 / T_i). Machines drift: T_i is the mean of runs
-before and after those of both.
+before and after those of both. ``--policies ""`` leaves out all but neighbours that come in mid-run.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def measure(batch: Batch, options: argparse.Namespace, neighbours: int) -> None:
     fast += [batch.seconds((0,)) for _ in after]
     fast_s, slow_s = statistics.mean(fast), statistics.mean(slow)
     bound_s = 1 / (1 / fast_s + 1 / slow_s)
-    tell(f"{neighbours} busy neighbours", fast_s, slow_s, bound_s, makespans)
+    if makespans:
+        tell(f"{neighbours} busy neighbours", fast_s, slow_s, bound_s, makespans)
     unslowed_s = batch.seconds((SLOW_RANK,))
     # It begins when a third of the bound of equal replicas is over.
     at_s = 1 / 3 / (1 / fast_s + 1 / unslowed_s)
@@ -98,7 +99,7 @@ def main() -> int:
     for name, default in (("requests", 400), ("repeats", 5), ("alone", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--neighbours", type=lambda text: [int(count) for count in text.split(",")], default=[1, 3])
-    parser.add_argument("--policies", type=lambda text: text.split(","), default=BALANCER_POLICIES)
+    parser.add_argument("--policies", type=lambda text: text.split(",") if text else [], default=BALANCER_POLICIES)
     parser.add_argument("--weights", default="bfloat16")
     options = parser.parse_args()
 
