@@ -40,10 +40,11 @@ PLANS = {
     "tp2": (Replica((Stage((0, 1)),)),),
     "pp2": (Replica((Stage((0,)), Stage((1,)))),),
 }
+# Each some 15 s on two ranks: shared machines are twice as slow for seconds at a time.
 WORKLOADS = {
-    "prompts": equal_lengths(16, 512, 8),
-    "outputs": equal_lengths(32, 32, 48),
-    "mixed": offline_lengths(32, seed=7),
+    "prompts": equal_lengths(24, 512, 8),
+    "outputs": equal_lengths(96, 32, 48),
+    "mixed": offline_lengths(64, seed=7),
 }
 _SPREAD = 0.1
 

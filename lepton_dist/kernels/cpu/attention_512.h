@@ -134,61 +134,82 @@ INLINE TARGET_512 void put_row(const struct tile_work *w, int64_t r, int64_t dim
     }
 }
 
-static TARGET_512 void attend_tiles(const struct paged_call *c, const int64_t *task, int64_t kv_head, struct tile_work *w) {
+/* The keys and values of a KV head in the tile at position `at`, as w->keys and w->values want them. */
+INLINE TARGET_512 void take_tile(
+    const struct paged_call *c, const int64_t *table, int64_t kv_head, int64_t at, int64_t count, struct tile_work *w
+) {
+    const int64_t dim = c->dim;
+    for (int64_t t = 0; t < TILE; t += RUN) {
+        int32_t *turned = w->keys + t;
+        if (t < count) {
+            const int64_t base = place(c, table, kv_head, at + t);
+            for (int64_t d = 0; d < dim; d += 32) turn_over((const uint16_t *)c->keys + base + d, dim, turned + d / 2 * TILE);
+            pair_up((const uint16_t *)c->values + base, dim, count - t, w->values + t / 2 * dim);
+        } else
+            for (int64_t p = 0; p < dim / 2; p++) _mm512_store_si512(turned + p * TILE, _mm512_setzero_si512());
+    }
+}
+
+/* Ask for that tile ahead of need. */
+INLINE void fetch_tile(const struct paged_call *c, const int64_t *table, int64_t kv_head, int64_t at, int64_t last) {
+    for (int64_t t = at; t < at + TILE && t < last; t += RUN) {
+        const int64_t base = place(c, table, kv_head, t);
+        fetch(c->keys, 1, base, RUN * c->dim);
+        fetch(c->values, 1, base, RUN * c->dim);
+    }
+}
+
+/* The query heads of KV heads [kv_head, kv_head + kv_heads) of a task. In a block the keys of a KV head lie behind those of
+   its neighbour: several of them in turn go over memory in its order. Their rows together are at most MAX_ROWS. */
+static TARGET_512 void attend_tiles(
+    const struct paged_call *c, const int64_t *task, int64_t kv_head, int64_t kv_heads, struct tile_work *w
+) {
     const int64_t dim = c->dim, group = c->heads / c->kv_heads;
     const int64_t row = task[0], tokens = task[1], seen = task[2], rows = tokens * group, last = seen + tokens - 1;
     const int64_t *table = c->tables + task[3] * c->table_width;
-    const uint16_t *keys = c->keys, *values = c->values;
     const float scale = 1.0f / sqrtf((float)dim);
 
-    for (int64_t r = 0; r < rows; r++) {
-        const int64_t at = (row + r / group) * c->query_stride + (kv_head * group + r % group) * dim;
+    for (int64_t r = 0; r < kv_heads * rows; r++) {
+        const int64_t head = (kv_head + r / rows) * group + r % group;
+        const int64_t at = (row + r % rows / group) * c->query_stride + head * dim;
         memcpy(w->query + r * dim / 2, (const uint16_t *)c->query + at, (size_t)dim * 2);
         memset(w->mixed + r * dim, 0, (size_t)dim * 4);
         memset(w->total[r], 0, sizeof w->total[r]);
         w->highest[r] = -1e30f; /* below any score, and finite: differences are numbers */
     }
     const int64_t start = c->window && seen > c->window ? (seen - c->window) / TILE * TILE : 0;
-    for (int64_t at = start; at < last; at += TILE) {
-        const int64_t count = last - at < TILE ? last - at : TILE;
-        for (int64_t t = 0; t < TILE; t += RUN) {
-            int32_t *turned = w->keys + t;
-            if (t < count) {
-                const int64_t base = place(c, table, kv_head, at + t);
-                if (at + t + TILE < last) {
-                    const int64_t next = place(c, table, kv_head, at + t + TILE);
-                    fetch(keys, 1, next, RUN * dim);
-                    fetch(values, 1, next, RUN * dim);
-                }
-                for (int64_t d = 0; d < dim; d += 32) turn_over(keys + base + d, dim, turned + d / 2 * TILE);
-                pair_up(values + base, dim, count - t, w->values + t / 2 * dim);
-            } else
-                for (int64_t p = 0; p < dim / 2; p++) _mm512_store_si512(turned + p * TILE, _mm512_setzero_si512());
-        }
-        const int64_t pairs = count > RUN ? RUN : RUN / 2;
-        for (int64_t r = 0; r < rows; r += FEW_ROWS_512) {
+    for (int64_t at = start; at < last; at += TILE)
+        for (int64_t h = 0; h < kv_heads; h++) {
+            const int64_t count = last - at < TILE ? last - at : TILE, from = h * rows, to = from + rows;
+            if (h + 1 < kv_heads) fetch_tile(c, table, kv_head + h + 1, at, last);
+            else fetch_tile(c, table, kv_head, at + TILE, last);
+            take_tile(c, table, kv_head + h, at, count, w);
+            const int64_t pairs = count > RUN ? RUN : RUN / 2;
+            for (int64_t r = from; r < to; r += FEW_ROWS_512) {
 #define KERNEL(n) score_tile(w, r, dim, n)
-            FOR_ROWS_UP_TO_4(rows - r, KERNEL)
+                FOR_ROWS_UP_TO_4(to - r, KERNEL)
 #undef KERNEL
-            for (int64_t i = r; i < rows && i < r + FEW_ROWS_512; i++) {
-                const int64_t end = seen + i / group - at; /* keys of the tile that row i may see */
-                weigh_tile(w, i, dim, scale, c->window ? end - c->window : 0, end);
-            }
-            int64_t d = 0;
-            for (; d + 64 <= dim; d += 64) {
+                for (int64_t i = r; i < to && i < r + FEW_ROWS_512; i++) {
+                    const int64_t end = seen + (i - from) / group - at; /* keys of the tile that row i may see */
+                    weigh_tile(w, i, dim, scale, c->window ? end - c->window : 0, end);
+                }
+                int64_t d = 0;
+                for (; d + 64 <= dim; d += 64) {
 #define KERNEL(n) mix_tile(w, r, d, dim, pairs, n, 4)
-                FOR_ROWS_UP_TO_4(rows - r, KERNEL)
+                    FOR_ROWS_UP_TO_4(to - r, KERNEL)
 #undef KERNEL
-            }
-            for (; d < dim; d += 32) {
+                }
+                for (; d < dim; d += 32) {
 #define KERNEL(n) mix_tile(w, r, d, dim, pairs, n, 2)
-                FOR_ROWS_UP_TO_4(rows - r, KERNEL)
+                    FOR_ROWS_UP_TO_4(to - r, KERNEL)
 #undef KERNEL
+                }
             }
         }
+    for (int64_t r = 0; r < kv_heads * rows; r++) {
+        const int64_t head = (kv_head + r / rows) * group + r % group;
+        put_row(w, r, dim, (uint16_t *)c->output + ((row + r % rows / group) * c->heads + head) * dim);
     }
-    for (int64_t r = 0; r < rows; r++)
-        put_row(w, r, dim, (uint16_t *)c->output + ((row + r / group) * c->heads + kv_head * group + r % group) * dim);
 }
 
 #endif

@@ -1,8 +1,10 @@
 /* Attention of one query token, a few query heads a KV head, over a bfloat16 cache: decoding.
  *
  * Too few rows share a key to pay for widening it into memory: keys and values are widened in registers, 16 channels as
- * their even and odd ones, for up to 4 heads at a time. Memory is asked for what comes next a line at a time between the
- * multiplications: asked for all of it at once, a core waits until it may ask again.
+ * their even and odd ones, for up to 4 heads at a time. In a block the keys of a KV head lie behind those of its neighbour:
+ * a task takes several KV heads and goes over memory in its order, so that what the hardware reads ahead is of use. What
+ * comes next is asked for besides, a line at a time between the multiplications: asked for all of it at once, a core
+ * waits until it may ask again.
  */
 #ifndef LEPTON_DECODE_ATTENTION_H
 #define LEPTON_DECODE_ATTENTION_H
@@ -10,14 +12,18 @@
 #include "attention.h"
 
 #define FEW_ROWS 4
+#define MOST_FEW 8
 #define LINE 32 /* bfloat16 values of a cache line */
 
-struct few { /* every array a multiple of 32 bytes long */
+/* Up to 4 query heads of a KV head, on their way over the keys. Every array is a multiple of 32 bytes long. */
+struct few {
     float query[FEW_ROWS * MAX_DIM] __attribute__((aligned(64))); /* per 16 channels: the even, then the odd */
     float mixed[FEW_ROWS * MAX_DIM] __attribute__((aligned(64))); /* likewise */
     float weights[KEYS + 2][FEW_ROWS] __attribute__((aligned(64)));
     /* Of each row, twice. */
     float highest[2 * FEW_ROWS], total[2 * FEW_ROWS];
+    int64_t head, rows;
+    int64_t offset; /* of its keys in a block, from those of the task's first KV head */
 };
 
 INLINE TARGET void widen_16(const uint16_t *at, __m256 *even, __m256 *odd) {
@@ -98,50 +104,74 @@ INLINE TARGET void mix_few(
     }
 }
 
-/* Query heads [head, head + rows) of a task of one token. */
-INLINE TARGET void attend_few(const struct paged_call *c, const int64_t *task, int64_t kv_head, int64_t head, const int rows) {
-    const int64_t dim = c->dim, row = task[0], last = task[2];
-    const int64_t *table = c->tables + task[3] * c->table_width;
+/* Of the token in row `row`. */
+INLINE TARGET void begin_few(struct few *w, const struct paged_call *c, int64_t row) {
+    const int64_t dim = c->dim;
     const float scale = 1.0f / sqrtf((float)dim);
-    struct few w;
     float plain[MAX_DIM];
-
-    for (int r = 0; r < rows; r++) {
-        widen(c->query, c->kind, row * c->query_stride + (head + r) * dim, dim, plain);
-        for (int64_t d = 0; d < dim; d++) w.query[r * dim + d / 16 * 16 + d % 2 * 8 + d % 16 / 2] = plain[d] * scale;
-        memset(w.mixed + r * dim, 0, (size_t)dim * 4);
+    for (int64_t r = 0; r < w->rows; r++) {
+        widen(c->query, c->kind, row * c->query_stride + (w->head + r) * dim, dim, plain);
+        for (int64_t d = 0; d < dim; d++) w->query[r * dim + d / 16 * 16 + d % 2 * 8 + d % 16 / 2] = plain[d] * scale;
+        memset(w->mixed + r * dim, 0, (size_t)dim * 4);
     }
     for (int r = 0; r < 2 * FEW_ROWS; r++) {
-        w.highest[r] = -1e30f; /* below any score, and finite: differences are numbers */
-        w.total[r] = 0;
+        w->highest[r] = -1e30f; /* below any score, and finite: differences are numbers */
+        w->total[r] = 0;
     }
+}
+
+INLINE TARGET void end_few(const struct few *w, const struct paged_call *c, int64_t row) {
+    const int64_t dim = c->dim;
+    float plain[MAX_DIM];
+    for (int64_t r = 0; r < w->rows; r++) {
+        const float inverse = 1.0f / w->total[r];
+        for (int64_t d = 0; d < dim; d++) plain[d] = w->mixed[r * dim + d / 16 * 16 + d % 2 * 8 + d % 16 / 2] * inverse;
+        narrow(plain, dim, c->output, c->kind, (row * c->heads + w->head + r) * dim);
+    }
+}
+
+/* Over `count` keys from element `at` of the cache on, while what lies from `next` on is asked for. */
+static TARGET void pass_few(struct few *w, const struct paged_call *c, int64_t at, int64_t next, int64_t count) {
+    const uint16_t *keys = c->keys, *values = c->values;
+#define KERNEL(rows) \
+    do { \
+        score_few(w, keys + at, keys + next, count, c->dim, rows); \
+        weigh_few(w); \
+        mix_few(w, values + at, values + next, count, c->dim, rows); \
+    } while (0)
+    FOR_ROWS_UP_TO_4(w->rows, KERNEL)
+#undef KERNEL
+}
+
+/* How many KV heads one call of `decode` can take. */
+INLINE int64_t most_kv_heads(int64_t group) { return MOST_FEW / ((group + FEW_ROWS - 1) / FEW_ROWS); }
+
+/* The query heads of KV heads [kv_head, kv_head + kv_heads) of a task of one token. */
+static TARGET void decode(const struct paged_call *c, const int64_t *task, int64_t kv_head, int64_t kv_heads) {
+    const int64_t group = c->heads / c->kv_heads, row = task[0], last = task[2];
+    const int64_t *table = c->tables + task[3] * c->table_width;
+    struct few few[MOST_FEW];
+    int64_t parts = 0;
+
+    for (int64_t h = 0; h < kv_heads; h++)
+        for (int64_t r = 0; r < group; r += FEW_ROWS) {
+            struct few *w = &few[parts++];
+            w->head = (kv_head + h) * group + r;
+            w->rows = group - r < FEW_ROWS ? group - r : FEW_ROWS;
+            w->offset = h * c->block_tokens * c->dim;
+            begin_few(w, c, row);
+        }
     for (int64_t at = c->window && last > c->window ? last - c->window : 0; at < last;) {
         int64_t count = c->block_tokens - at % c->block_tokens;
         if (count > KEYS) count = KEYS;
         if (count > last - at) count = last - at;
-        const int64_t base = place(c, table, kv_head, at);
-        const int64_t next = at + count < last ? place(c, table, kv_head, at + count) : base;
-        const uint16_t *keys = c->keys, *values = c->values;
-        score_few(&w, keys + base, keys + next, count, dim, rows);
-        weigh_few(&w);
-        mix_few(&w, values + base, values + next, count, dim, rows);
+        const int64_t first = place(c, table, kv_head, at);
         at += count;
+        const int64_t after = at < last ? place(c, table, kv_head, at) : first;
+        for (int64_t i = 0; i < parts; i++)
+            pass_few(&few[i], c, first + few[i].offset, i + 1 < parts ? first + few[i + 1].offset : after, count);
     }
-    for (int r = 0; r < rows; r++) {
-        const float inverse = 1.0f / w.total[r];
-        for (int64_t d = 0; d < dim; d++) plain[d] = w.mixed[r * dim + d / 16 * 16 + d % 2 * 8 + d % 16 / 2] * inverse;
-        narrow(plain, dim, c->output, c->kind, (row * c->heads + head + r) * dim);
-    }
-}
-
-static TARGET void decode(const struct paged_call *c, const int64_t *task, int64_t kv_head) {
-    const int64_t group = c->heads / c->kv_heads;
-    for (int64_t r = 0; r < group; r += FEW_ROWS) {
-        const int64_t head = kv_head * group + r;
-#define KERNEL(n) attend_few(c, task, kv_head, head, n)
-        FOR_ROWS_UP_TO_4(group - r, KERNEL)
-#undef KERNEL
-    }
+    for (int64_t i = 0; i < parts; i++) end_few(&few[i], c, row);
 }
 
 #endif

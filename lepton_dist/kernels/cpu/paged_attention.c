@@ -138,15 +138,38 @@ static TARGET void attend(const struct paged_call *c, const int64_t *task, int64
     }
 }
 
+/* KV heads that a thread takes at a time, `most` of them at most. In a step of decoding many: memory is then read in its order.
+   Not so many that a thread waits for another's last for more than a quarter of its time; one sequence falls into equal
+   parts. */
+INLINE int64_t kv_heads_a_time(const struct paged_call *c, int64_t most) {
+    int64_t longest = 0, total = 0;
+    for (int64_t i = 0; i < c->num_tasks; i++) {
+        const int64_t tokens = c->tasks[4 * i + 1], keys = c->tasks[4 * i + 2];
+        if (tokens > 1) return 1;
+        total += keys;
+        longest = keys > longest ? keys : longest;
+    }
+    for (int64_t heads = most; heads > 1; heads--) {
+        if (c->kv_heads % heads) continue;
+        if (4 * longest * heads * c->threads <= total * c->kv_heads) return heads;
+        if (c->num_tasks == 1 && c->kv_heads / heads % c->threads == 0) return heads;
+    }
+    return 1;
+}
+
 /* 0, or 1 when the shape is outside what this file can do. */
 int lepton_paged_attention(const struct paged_call *c) {
-    if (c->dim % 8 || c->dim > MAX_DIM || c->heads % c->kv_heads || c->heads / c->kv_heads > MAX_ROWS) return 1;
-    const int64_t count = c->num_tasks * c->kv_heads;
-    const int few = c->cache_kind == 1 && c->dim % 16 == 0 && c->heads / c->kv_heads <= 2 * FEW_ROWS;
+    const int64_t group = c->heads / c->kv_heads;
+    if (c->dim % 8 || c->dim > MAX_DIM || c->heads % c->kv_heads || group > MAX_ROWS) return 1;
+    const int few = c->cache_kind == 1 && c->dim % 16 == 0 && group <= 2 * FEW_ROWS;
 #if defined(HAS_AVX512)
     const int is_bf16 = c->kind == 1 && c->cache_kind == 1;
     const int tiles = c->level == AVX512 && is_bf16 && c->dim % 32 == 0 && c->block_tokens % RUN == 0;
+#else
+    const int tiles = 0;
 #endif
+    const int64_t heads = kv_heads_a_time(c, tiles ? MAX_ROWS / group : few ? most_kv_heads(group) : 1);
+    const int64_t parts = c->kv_heads / heads, count = c->num_tasks * parts;
 #pragma omp parallel num_threads(c->threads)
     {
         union {
@@ -158,15 +181,15 @@ int lepton_paged_attention(const struct paged_call *c) {
         /* The last tasks of a prompt see the most keys: the longest first, so that threads end together. */
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = count - 1; i >= 0; i--) {
-            const int64_t *task = c->tasks + i / c->kv_heads * 4, kv_head = i % c->kv_heads;
+            const int64_t *task = c->tasks + i / parts * 4, first = i % parts * heads;
 #if defined(HAS_AVX512)
             if (tiles) {
-                attend_tiles(c, task, kv_head, &work.tile);
+                attend_tiles(c, task, first, heads, &work.tile);
                 continue;
             }
 #endif
-            if (few && task[1] == 1) decode(c, task, kv_head);
-            else attend(c, task, kv_head, &work.rows);
+            if (few && task[1] == 1) decode(c, task, first, heads);
+            else attend(c, task, first, &work.rows);
         }
     }
     return 0;

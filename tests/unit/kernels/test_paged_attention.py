@@ -68,6 +68,32 @@ def test_decode_attention_equals_softmax(
         assert (result[rows[index]].double() - expected).abs().max() < TOLERANCE[dtype] * max(1.0, expected.abs().max())
 
 
+@pytest.mark.parametrize("lengths", [[300], [97] * 9, [400, 3], [65, 64, 63, 33, 1, 16, 17]])
+@pytest.mark.parametrize("shape", [(32, 8, 64), (12, 4, 64), (24, 4, 32), (16, 16, 32), (20, 4, 48), (9, 3, 64)])
+@pytest.mark.parametrize("level", [level for level in VectorLevel if level])
+def test_kv_heads_taken_together_equal_those_taken_alone(
+    level: VectorLevel, shape: tuple[int, int, int], lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of decoding has a thread take as many KV heads at a time as keep all busy: their bits are the same."""
+    use_level(level, monkeypatch)
+    heads, kv_heads, dim = shape
+    group = heads // kv_heads
+    torch.manual_seed(len(lengths) + heads)
+    keys, values, batch = random_batch([(1, length) for length in lengths], kv_heads, dim, BLOCK, torch.bfloat16)
+    query = torch.randn(len(lengths), heads, dim).bfloat16()
+    result = paged_attention(query, keys, values, batch, None)
+    for head in range(kv_heads):
+        span = slice(head * group, (head + 1) * group)
+        arenas = (arena[:, head : head + 1].contiguous() for arena in (keys, values))
+        alone = paged_attention(query[:, span].contiguous(), *arenas, batch, None)
+        assert torch.equal(result[:, span], alone)
+    for row, length in enumerate(lengths):
+        expected = exact(query[row], keys, values, batch.tables[row].tolist(), range(length))
+        assert (result[row].double() - expected).abs().max() < TOLERANCE[torch.bfloat16] * max(
+            1.0, expected.abs().max()
+        )
+
+
 @pytest.mark.parametrize("window", [None, 7, 33, 64])
 @pytest.mark.parametrize("shape", [(8, 2, 64), (6, 6, 32), (5, 1, 128), (3, 1, 256), (4, 1, 96)])
 @pytest.mark.parametrize("level", [level for level in VectorLevel if level])
