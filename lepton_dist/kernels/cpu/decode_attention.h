@@ -12,7 +12,7 @@
 #include "attention.h"
 
 #define FEW_ROWS 4
-#define MOST_FEW 8
+#define MOST_FEW 8 /* so many rows of them go over a block in turn */
 #define LINE 32 /* bfloat16 values of a cache line */
 
 /* Up to 4 query heads of a KV head, on their way over the keys. Every array is a multiple of 32 bytes long. */
