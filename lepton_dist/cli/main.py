@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import socket
 import sys
@@ -12,6 +11,7 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from importlib import import_module
 from io import StringIO
 
+from lepton_dist.cli.imports import lasting_imports
 from lepton_dist.comm.launcher import read_launcher
 from lepton_dist.errors import EXIT_DONE, LeptonError
 from lepton_dist.runtime.guardian import Guardian, start_guardian
@@ -42,12 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             quiet.enter_context(redirect_stderr(StringIO()))
             quiet.enter_context(redirect_stdout(StringIO()))
         name, rest = _split(sys.argv[1:] if arguments is None else arguments)
-        # Only the command's own modules are imported: `inspect` has no need of MPI. What they make stays: the garbage
-        # collector is not to look through it, neither now nor in the middle of a step.
-        gc.disable()
-        module = import_module(f"lepton_dist.cli.{name}")
-        gc.freeze()
-        gc.enable()
+        with lasting_imports():
+            module = import_module(f"lepton_dist.cli.{name}")
         parser = argparse.ArgumentParser(prog=f"lepton-dist {name}", description=COMMANDS[name].capitalize() + ".")
         module.add_options(parser)
         options = parser.parse_args(rest)

@@ -64,23 +64,31 @@ class PackedWeight:
         return product.to(dtype or x.dtype)
 
 
+def panel_kind(dtype: torch.dtype, device: torch.device, kind: str | None = None) -> str | None:
+    """The kind of panels that a float matrix is held as where `kind` is asked for; None for another form."""
+    if device.type != "cpu" or native_library() is None:
+        return None
+    if kind is not None and kind in QUANTIZED:
+        return kind
+    # oneDNN's product is the faster on matrix instructions, and where AVX-512 lacks those of BF16; below AVX-512 it
+    # is a reference loop.
+    has_dot_products = vector_level() == VectorLevel.AVX512 and not torch.cpu._is_amx_tile_supported()
+    is_ours = dtype == torch.bfloat16 and (has_dot_products or not torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return "bfloat16" if is_ours else None
+
+
 def make_weight(weight: torch.Tensor, kind: str | None = None) -> Weight:
     """The fastest form that this device has for a float matrix [out, in].
 
     `kind` names its dtype (by default its own), or one of `QUANTIZED`, to which it is rounded.
     """
-    has_own_kernels = weight.device.type == "cpu" and native_library() is not None
+    panels = panel_kind(weight.dtype, weight.device, kind)
+    if panels is not None:
+        return PanelWeight.of(weight, panels)
     if kind is not None and kind in QUANTIZED:
-        return PanelWeight(weight, kind) if has_own_kernels else RoundedWeight(weight, kind)
-    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
-        # oneDNN's product is the faster on matrix instructions, and where AVX-512 lacks those of BF16; below AVX-512 it
-        # is a reference loop.
-        has_dot_products = vector_level() == VectorLevel.AVX512 and not torch.cpu._is_amx_tile_supported()
-        has_onednn = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if has_own_kernels and (has_dot_products or not has_onednn):
-            return PanelWeight(weight, "bfloat16")
-        if has_onednn:
-            return PackedWeight(weight)
+        return RoundedWeight(weight, kind)
+    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return PackedWeight(weight)
     return DenseWeight(weight)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 
 import torch
 
 from lepton_dist.comm.group import Group
 from lepton_dist.comm.world import World
-from lepton_dist.kernels.cpu.memory import fresh_zeros
-from lepton_dist.model.parameters import ParameterTable
+from lepton_dist.kernels.cpu.matmul import PanelWeight, panel_rows
+from lepton_dist.kernels.cpu.memory import fresh_zeros, lasting_zeros
+from lepton_dist.model.held import HeldParameters
+from lepton_dist.model.parameters import ParameterTable, is_factor
 from lepton_dist.parallel.requirements import Need, is_norm, seat_needs
 from lepton_dist.plan.axes import Span
 from lepton_dist.plan.placement import Seat
@@ -18,18 +21,18 @@ from lepton_dist.storage.distribution import Piece, Rectangle, cut_pieces
 from lepton_dist.storage.index import CheckpointIndex
 from lepton_dist.storage.slices import SliceReader
 
-Take = Callable[[str, torch.Tensor], None]
-"""Keeps a loaded parameter, by name."""
-
 _CPU = torch.device("cpu")
+_PIECE_BYTES = 1 << 20  # read and packed at once by a thread: a piece that is still in its cache when it is packed
 
 
 class _Arriving:
     """The parameters of a seat on their way: made when their first piece comes, handed on when the last is there."""
 
-    def __init__(self, table: ParameterTable, seat: Seat, dtype: torch.dtype, device: torch.device, take: Take) -> None:
+    def __init__(
+        self, table: ParameterTable, seat: Seat, dtype: torch.dtype, device: torch.device, held: HeldParameters
+    ) -> None:
         self._shapes = {one.name: one.local_shape(seat.spans) for one in table.of_stage(seat.layers)}
-        self._dtype, self._device, self._take = dtype, device, take
+        self._dtype, self._device, self._held = dtype, device, held
         self._tensors: dict[str, torch.Tensor] = {}
         self._missing: Counter[str] = Counter()
 
@@ -55,13 +58,27 @@ class _Arriving:
         """A piece of a need is in place."""
         self._missing[need.parameter] -= 1
         if self._missing[need.parameter] == 0:
-            self._take(need.parameter, self._tensors.pop(need.parameter))
+            self._held.take(need.parameter, self._tensors.pop(need.parameter))
+
+    def panels(self, needs: Sequence[Need], index: CheckpointIndex) -> PanelWeight | None:
+        """Panels for a parameter whose rows can be packed as they are read; None for one that has to be whole first."""
+        name = needs[0].parameter
+        shape = self._shapes[name]
+        if len(shape) < 2 or not all(self._is_of_whole_rows(need, index) for need in needs):
+            return None
+        return self._held.by_rows(name, shape, self._dtype, self._device)
+
+    def _is_of_whole_rows(self, need: Need, index: CheckpointIndex) -> bool:
+        """Whether a need fills whole rows of its parameter, as they are stored, from the first of a panel on."""
+        is_wide = need.columns == Span(0, self._shapes[need.parameter][1]) and not need.transposed
+        is_as_stored = index[need.rectangle.source].dtype == self._dtype
+        return is_wide and is_as_stored and need.rows.start % panel_rows() == 0
 
     def _empty(self, name: str) -> torch.Tensor:
-        dtype = torch.float32 if is_norm(name) else self._dtype
+        dtype, shape = torch.float32 if is_norm(name) else self._dtype, self._shapes[name]
         if self._device.type == "cpu":
-            return fresh_zeros(self._shapes[name], dtype)
-        return torch.empty(self._shapes[name], dtype=dtype, device=self._device)
+            return (fresh_zeros if is_factor(name, len(shape)) else lasting_zeros)(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=self._device)
 
 
 def load_seat(
@@ -70,19 +87,19 @@ def load_seat(
     table: ParameterTable,
     seats: Mapping[int, Seat],
     dtype: torch.dtype,
-    take: Take,
+    held: HeldParameters,
     device: torch.device = _CPU,
 ) -> None:
-    """Load this rank's parameters straight to its `device`, norms in float32, the rest in `dtype`.
+    """Load this rank's parameters into `held`, straight to its `device`, norms in float32, the rest in `dtype`.
 
-    Each is handed to `take` as soon as it is whole. Collective over all the ranks of the plan. Peak memory is what
-    `take` keeps, a parameter or with replicas a few, one bounded read buffer, and one piece that is passed on.
+    Collective over all the ranks of the plan. Peak memory is what is held, bounded read buffers, and where rows cannot
+    be packed as they come a parameter, or with replicas a few and one piece that is passed on.
 
     Raises:
         CheckpointError: a weight file ends early or cannot be read.
     """
     seat = seats[world.rank]
-    arriving = _Arriving(table, seat, dtype, device, take)
+    arriving = _Arriving(table, seat, dtype, device, held)
     mine = list(seat_needs(table, seat))
     has_replicas = any(other.replica != seat.replica for other in seats.values())
     with SliceReader(torch.get_num_threads()) as reader:
@@ -90,13 +107,32 @@ def load_seat(
             needs = {rank: [need.rectangle for need in seat_needs(table, other)] for rank, other in seats.items()}
             _load_shared(world, index, arriving, mine, cut_pieces(needs), reader)
             return
-        for need in mine:
-            arriving.expect(need, 1)
-        for need in mine:
-            rectangle = need.rectangle
-            target = arriving.target(need, rectangle)
-            reader.read(index[rectangle.source], rectangle.rows, rectangle.columns, target)
-            arriving.filled(need)
+        for _, group in groupby(mine, key=lambda need: need.parameter):
+            parts = list(group)
+            panels = arriving.panels(parts, index)
+            if panels is None:
+                _load_whole(arriving, parts, index, reader)
+            else:
+                for need in parts:
+                    _pack_rows(panels, need, index, reader)
+
+
+def _load_whole(arriving: _Arriving, needs: Sequence[Need], index: CheckpointIndex, reader: SliceReader) -> None:
+    for need in needs:
+        arriving.expect(need, 1)
+    for need in needs:
+        rectangle = need.rectangle
+        target = arriving.target(need, rectangle)
+        reader.read(index[rectangle.source], rectangle.rows, rectangle.columns, target)
+        arriving.filled(need)
+
+
+def _pack_rows(panels: PanelWeight, need: Need, index: CheckpointIndex, reader: SliceReader) -> None:
+    stored, rectangle, first = index[need.rectangle.source], need.rectangle, need.rows.start
+    assert rectangle.columns is not None  # of a matrix
+    of_panel = stored.shape[1] * stored.dtype.itemsize * panels.panel_rows
+    step = max(1, _PIECE_BYTES // of_panel) * panels.panel_rows
+    reader.read_rows(stored, rectangle.rows, rectangle.columns, step, lambda row, rows: panels.pack(first + row, rows))
 
 
 def _inside(part: Span, whole: Span) -> slice:

@@ -18,6 +18,8 @@ from lepton_dist.engine.decode_graphs import DecodeGraphs, bucket_sizes, graph_p
 from lepton_dist.engine.kv_cache import KvCache
 from lepton_dist.engine.runner import StageRunner
 from lepton_dist.errors import LeptonError
+from lepton_dist.kernels.cpu.reserve import reserve
+from lepton_dist.kernels.linear import panel_kind
 from lepton_dist.model.held import HeldParameters
 from lepton_dist.parallel.load import load_seat
 from lepton_dist.parallel.requirements import weight_bytes
@@ -116,7 +118,10 @@ class _Opening:
         compute: torch.dtype = getattr(torch, self._dtypes.compute)
         with self._told_of_memory("its weights"):
             held = HeldParameters(self._dtypes.weights)
-            load_seat(world, blueprint.index, blueprint.table, blueprint.seats, compute, held.take, device)
+            if panel_kind(compute, device, self._dtypes.weights) is None:
+                reserve().close()  # what was touched ahead is of no use to other forms of weights
+            load_seat(world, blueprint.index, blueprint.table, blueprint.seats, compute, held, device)
+            reserve().close()
         groups = open_hops(world, self.replica, seat, self._devices)
         link = StageLink(seat, groups, blueprint.config.shape.hidden, getattr(torch, self._dtypes.wire), device)
         tp = self._devices.serve(stage_group(world, self.replica, seat, "tp"))
@@ -186,7 +191,8 @@ def _meet_machines(world: World, asked: int, *, looks_for_gpus: bool) -> _Machin
     """
     mask = affinity_mask()
     sight = pack_sight(see_gpus() if looks_for_gpus else Sight())
-    mine = [available_bytes(world.nodes.count(world.nodes[world.rank])), *mask, *sight]
+    room = available_bytes(world.nodes.count(world.nodes[world.rank])) + reserve().touched_bytes
+    mine = [room, *mask, *sight]
     everyone = world.group(range(world.size), "machines")
     rows = everyone.all_gather(torch.tensor(mine)).tolist()
     end = 1 + len(mask)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import local
 from types import TracebackType
 
 import numpy as np
@@ -29,6 +31,7 @@ class SliceReader:
         self._files: dict[Path, int] = {}
         self._pool = ThreadPoolExecutor(threads, "lepton-read")
         self._buffer = np.empty(0, dtype=np.uint8)
+        self._own = local()
         self.bytes_read = 0
 
     def __enter__(self) -> SliceReader:
@@ -71,26 +74,74 @@ class SliceReader:
                 values = values if columns is None else values[:, columns.start : columns.stop]
             target[first : first + count].copy_(values)
 
+    def read_rows(
+        self, stored: StoredTensor, rows: Span, columns: Span, step: int, use: Callable[[int, torch.Tensor], None]
+    ) -> None:
+        """Hand ``stored[rows, columns]`` to `use` piece by piece: the number of its first row among `rows`, and a piece
+        [up to `step`, columns] in the stored dtype, contiguous, there for the call only. Several threads call at once.
+
+        What is read is still in a core's cache when it is used, and takes no memory of its own.
+
+        Raises:
+            CheckpointError: the file ends early or cannot be read.
+        """
+        width = stored.shape[1]
+        row_bytes = width * stored.dtype.itemsize
+        kept = slice(columns.start * stored.dtype.itemsize, columns.stop * stored.dtype.itemsize)
+        descriptor = self._descriptor(stored)
+
+        def piece(first: int) -> int:
+            count = min(step, rows.size - first)
+            chunk = self._own_buffer(step * row_bytes)[: count * row_bytes]
+            missing = _fetch(descriptor, chunk, stored.offset + (rows.start + first) * row_bytes)
+            if not missing:
+                part = np.ascontiguousarray(chunk.reshape(count, row_bytes)[:, kept])
+                use(first, torch.from_numpy(part).view(stored.dtype))
+            return missing
+
+        self._together(stored, piece, range(0, rows.size, step))
+        self.bytes_read += rows.size * row_bytes
+
     def _fill(self, stored: StoredTensor, offset: int, target: NDArray[np.uint8]) -> None:
-        view, total = target.data, target.nbytes
+        descriptor = self._descriptor(stored)
+
+        def piece(start: int) -> int:
+            return _fetch(descriptor, target[start : start + _PIECE_BYTES], offset + start)
+
+        self._together(stored, piece, range(0, target.nbytes, _PIECE_BYTES))
+        self.bytes_read += target.nbytes
+
+    def _together(self, stored: StoredTensor, piece: Callable[[int], int], starts: Iterable[int]) -> None:
+        """Run `piece` for each start; it returns how many of its bytes the file does not have."""
         try:
-            if stored.file not in self._files:
-                self._files[stored.file] = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
-            descriptor = self._files[stored.file]
-
-            def fill(start: int) -> int:
-                """Read a piece; returns how many of its bytes the file does not have."""
-                end = min(start + _PIECE_BYTES, total)
-                while start < end:
-                    count = os.preadv(descriptor, [view[start:end]], offset + start)
-                    if count == 0:
-                        break
-                    start += count
-                return end - start
-
-            missing = sum(self._pool.map(fill, range(0, total, _PIECE_BYTES)))
+            missing = sum(self._pool.map(piece, starts))
         except OSError as error:
             raise CheckpointError(f"{stored.file}: cannot be read: {error.strerror}") from None
         if missing:
             raise CheckpointError(f"{stored.file}: is truncated: {stored.name!r} ends {missing} bytes early")
-        self.bytes_read += total
+
+    def _descriptor(self, stored: StoredTensor) -> int:
+        if stored.file not in self._files:
+            try:
+                self._files[stored.file] = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise CheckpointError(f"{stored.file}: cannot be read: {error.strerror}") from None
+        return self._files[stored.file]
+
+    def _own_buffer(self, num_bytes: int) -> NDArray[np.uint8]:
+        """This thread's own, kept from one piece to the next."""
+        buffer: NDArray[np.uint8] | None = getattr(self._own, "buffer", None)
+        if buffer is None or buffer.nbytes < num_bytes:
+            buffer = self._own.buffer = np.empty(num_bytes, dtype=np.uint8)
+        return buffer
+
+
+def _fetch(descriptor: int, target: NDArray[np.uint8], offset: int) -> int:
+    """Fill `target` from a file; returns how many of its bytes the file does not have."""
+    view, done = target.data, 0
+    while done < target.nbytes:
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return target.nbytes - done

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lepton_dist.kernels.cpu.memory import fresh_zeros
+from lepton_dist.kernels.cpu.memory import lasting_zeros
 from lepton_dist.kernels.cpu.native import KINDS, VectorLevel, native_library, vector_level
 from lepton_dist.plan.precision import INT4_GROUPS
 
@@ -44,32 +44,48 @@ class NativeProduct:
 class PanelWeight:
     """A matrix [out, in] as panels: bfloat16, int8 (a scale an output feature) or int4 (a scale a group of a row).
 
-    `panels` are their bytes; `level` is that of the kernels, by default the highest of this machine. On AVX-512 panels
-    of bfloat16 round `x` to bfloat16, those of int8 and int4 round it to 8 bits, with a scale for each 512 values.
+    Made empty; `pack` takes its rows. `panels` are their bytes; `level` is that of the kernels, by default the highest
+    of this machine. On AVX-512 panels of bfloat16 round `x` to bfloat16, those of int8 and int4 round it to 8 bits,
+    with a scale for each 512 values.
     """
 
-    def __init__(self, weight: torch.Tensor, kind: str, level: VectorLevel | None = None) -> None:
-        self.out_features, self.in_features = weight.shape
+    def __init__(self, out_features: int, in_features: int, kind: str, level: VectorLevel | None = None) -> None:
+        self.out_features, self.in_features = out_features, in_features
         level = vector_level() if level is None else level
-        weight, group = weight.contiguous(), INT4_GROUPS.get(kind, 0)
+        self.panel_rows = panel_rows(level)
+        self._kind, self._group = kind, INT4_GROUPS.get(kind, 0)
         name = {"bfloat16": "bf16", "int8": "int8"}.get(kind, "int4") + ("_512" if level == VectorLevel.AVX512 else "")
-        size = panel_bytes(kind, self.out_features, self.in_features, level)
-        self.panels = fresh_zeros((size,), torch.uint8)
-        panels = self.panels.data_ptr()
-        scales = panels + size - _scale_bytes(kind, self.out_features, level)
-        library, threads = _library(), torch.get_num_threads()
-        pack = getattr(library, f"lepton_pack_{name}")
-        if kind == "bfloat16":
-            pack(weight.data_ptr(), *weight.shape, panels, threads)
-        elif kind == "int8":
-            pack(weight.data_ptr(), KINDS[weight.dtype], *weight.shape, panels, scales, threads)
-        else:
-            pack(weight.data_ptr(), KINDS[weight.dtype], *weight.shape, group, panels, threads)
-        self._function = getattr(library, f"lepton_matmul_{name}")
-        self._call = MatmulCall(weights=panels, scales=scales, in_=self.in_features, group=group)
-        self._call.out = self._call.y_stride = self.out_features
+        size = panel_bytes(kind, out_features, in_features, level)
+        self.panels = lasting_zeros((size,), torch.uint8)
+        library = _library()
+        self._pack, self._function = (getattr(library, f"lepton_{verb}_{name}") for verb in ("pack", "matmul"))
+        panels, scale_bytes = self.panels.data_ptr(), _scale_bytes(kind, out_features, level)
+        self._row_bytes = (size - scale_bytes) // (-(-out_features // self.panel_rows) * self.panel_rows)
+        self._call = MatmulCall(weights=panels, scales=panels + size - scale_bytes, in_=in_features, group=self._group)
+        self._call.out = self._call.y_stride = out_features
         self._reference = ctypes.byref(self._call)
         self.native = native_product(self._function, self._call)
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, kind: str, level: VectorLevel | None = None) -> PanelWeight:
+        """A float matrix [out, in] as panels; float32 or bfloat16, which panels of bfloat16 need."""
+        held = cls(weight.shape[0], weight.shape[1], kind, level)
+        held.pack(0, weight.contiguous(), torch.get_num_threads())
+        return held
+
+    def pack(self, first: int, rows: torch.Tensor, threads: int = 1) -> None:
+        """Take rows [count, in] from output feature `first` on; contiguous, of the dtypes of `of`.
+
+        `first` is a multiple of `panel_rows`, and so is their number unless they are the last. Threads of the caller's
+        may pack different rows at once.
+        """
+        panels, sizes = self._call.weights + first * self._row_bytes, rows.shape
+        if self._kind == "bfloat16":
+            self._pack(rows.data_ptr(), *sizes, panels, threads)
+        elif self._kind == "int8":
+            self._pack(rows.data_ptr(), KINDS[rows.dtype], *sizes, panels, self._call.scales + first * 4, threads)
+        else:
+            self._pack(rows.data_ptr(), KINDS[rows.dtype], *sizes, self._group, panels, threads)
 
     def matmul(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """[tokens, in] float32 or bfloat16, channels side by side -> [tokens, out] in `dtype`, or that of `x`."""
@@ -89,6 +105,11 @@ def native_product(function: Any, call: ctypes.Structure) -> NativeProduct:
     address = ctypes.cast(function, ctypes.c_void_p).value
     assert address is not None  # of a function that was found
     return NativeProduct(address, ctypes.addressof(call))
+
+
+def panel_rows(level: VectorLevel | None = None) -> int:
+    """Output features of a panel."""
+    return _PANEL[vector_level() if level is None else level]
 
 
 def panel_bytes(kind: str, out_features: int, in_features: int, level: VectorLevel | None = None) -> int:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-from contextlib import suppress
 from math import prod
 
 import torch
 
-_HUGE_PAGE = 2 << 20
-_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-_ADVICE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux only
+from lepton_dist.kernels.cpu.reserve import HUGE_PAGE, Pages, reserve
 
 
 def fresh_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -20,13 +15,17 @@ def fresh_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     Huge pages are a tenth faster to stream and several times faster to touch first (docs/performance.md).
     """
     count = prod(shape)
-    size = count * dtype.itemsize
-    if size < _HUGE_PAGE:
+    if count * dtype.itemsize < HUGE_PAGE:
         return torch.zeros(shape, dtype=dtype)
-    pages = mmap.mmap(-1, size + _HUGE_PAGE, flags=_FLAGS)
-    start = -ctypes.addressof(ctypes.c_char.from_buffer(pages)) % _HUGE_PAGE
-    if _ADVICE is not None:
-        with suppress(OSError):  # a kernel without huge pages
-            # Only pages that are used whole: the rest would take memory for nothing.
-            pages.madvise(_ADVICE, start, size - size % _HUGE_PAGE)
-    return torch.frombuffer(pages, dtype=dtype, count=count, offset=start).view(shape)
+    pages = Pages(count * dtype.itemsize)
+    return torch.frombuffer(pages.buffer, dtype=dtype, count=count, offset=pages.start).view(shape)
+
+
+def lasting_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """As `fresh_zeros`, in memory that was touched ahead while there is some: for what stays, as that is kept whole."""
+    count = prod(shape)
+    room = reserve().take(count * dtype.itemsize) if count * dtype.itemsize >= HUGE_PAGE else None
+    if room is None:
+        return fresh_zeros(shape, dtype)
+    buffer, offset = room
+    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).view(shape)

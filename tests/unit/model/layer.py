@@ -15,7 +15,7 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, BLOCK_TOKENS = 96, 6, 2, 32, 160, 16
 
 def linear(out_features: int, in_features: int, kind: str, bias: bool = False) -> Linear:
     weight = torch.randn(out_features, in_features) / in_features**0.5
-    held = make_weight(weight) if kind == "float32" else PanelWeight(weight.bfloat16(), kind)
+    held = make_weight(weight) if kind == "float32" else PanelWeight.of(weight.bfloat16(), kind)
     return Linear(held, torch.zeros(out_features) if bias else None, lambda x: x)
 
 
