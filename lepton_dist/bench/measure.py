@@ -9,7 +9,7 @@ from typing import Any
 
 from lepton_dist.bench.limits import PlanLimits
 from lepton_dist.bench.memory import PeakMemory, rank_pids
-from lepton_dist.bench.workload import Lengths, equal_lengths, make_requests, offline_lengths
+from lepton_dist.bench.workload import DECODES, SAMPLED, Lengths, equal_lengths, make_requests, offline_lengths
 from lepton_dist.coordinator.cluster import Cluster
 from lepton_dist.coordinator.stage_cost import ModelCost
 from lepton_dist.engine.request import Request
@@ -20,10 +20,6 @@ from lepton_dist.runtime.blueprint import Blueprint
 from lepton_dist.runtime.controller import Controller
 from lepton_dist.runtime.opening import ModelRequest, open_model
 
-DECODES = {"decode b1": (1, 512), "decode b8": (8, 512), "decode b32": (32, 32)}
-SAMPLED = "sampled b8"  # `decode b8` with sampled tokens: the difference is what sampling costs
-CASES = ("prefill", *DECODES, "offline")
-MORE_CASES = (SAMPLED,)
 _DECODE_TRIES = 5
 
 

@@ -16,12 +16,11 @@ from typing import Any
 import msgspec
 import torch
 
-from lepton_dist.bench.measure import DECODES, Figure
+from lepton_dist.bench.measure import Figure
 from lepton_dist.bench.memory import own_peak
-from lepton_dist.bench.workload import Lengths, equal_lengths, make_prompts, offline_lengths
+from lepton_dist.bench.workload import DECODES, Lengths, equal_lengths, make_prompts, offline_lengths
 from lepton_dist.errors import LeptonError
 
-PEERS = ("transformers",)
 # transformers batches statically: rows of like length go together, which is the best that it can do.
 _OFFLINE_ROWS = 16
 

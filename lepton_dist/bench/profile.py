@@ -1,10 +1,36 @@
-"""`profile`: what was measured of a cluster, for people."""
+"""`profile`: measure the cluster that this job runs on, write it down, and say for people what was measured."""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from lepton_dist.coordinator.cluster import Cluster, Link, RankProfile, SlowHost
+from lepton_dist.coordinator.cluster_document import write_cluster
+from lepton_dist.runtime.compute import KINDS
+from lepton_dist.runtime.controller import Controller
+from lepton_dist.runtime.profiling import make_cluster
+from lepton_dist.storage.outputs import check_writable
+
+
+def profile_job(controller: Controller, name: str, output: Path) -> int:
+    """Measure the ranks of this job and their links, write the cluster `name` to `output`, print a summary; returns 0.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    start_s = time.perf_counter()
+    check_writable(output)
+    facts = controller.examine(kinds=KINDS)
+    world = controller.world
+    cluster = make_cluster(name, world.hosts, world.nodes, facts)
+    write_cluster(cluster, output)
+    print(summary(cluster, cluster.slow_hosts()))
+    print(f"{world.size} rank(s) measured in {time.perf_counter() - start_s:.1f} s: {output}")
+    sys.stdout.flush()
+    return 0
 
 
 def summary(cluster: Cluster, slow: Sequence[SlowHost]) -> str:

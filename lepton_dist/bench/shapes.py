@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from lepton_dist.errors import UsageError
 
 _MARK = "lepton_bench"
@@ -101,6 +99,8 @@ def _tensors(shape: LlamaShape) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _write_weights(path: Path, shape: LlamaShape, seed: int) -> None:
     """A safetensors file, one tensor in memory at a time."""
+    import torch  # not above: `bench --help` lists the shapes
+
     header: dict[str, object] = {}
     offset = 0
     for name, extents in _tensors(shape):

@@ -11,6 +11,16 @@ import msgspec
 from lepton_dist.config.sampling import SamplingParams
 from lepton_dist.engine.request import Request
 
+DECODES = {"decode b1": (1, 512), "decode b8": (8, 512), "decode b32": (32, 32)}
+"""Cases of decoding: how many sequences, after how many tokens."""
+
+SAMPLED = "sampled b8"
+"""`decode b8` with sampled tokens: the difference is what sampling costs."""
+
+CASES = ("prefill", *DECODES, "offline")
+MORE_CASES = (SAMPLED,)
+PEERS = ("transformers",)
+
 
 @dataclass(frozen=True)
 class Lengths:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lepton_dist.bench.doctor import DoctorConfig, diagnose
-from lepton_dist.runtime.run import run
+from lepton_dist.cli.imports import lasting_imports
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -19,5 +18,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run_command(options: argparse.Namespace) -> int:
     """Print the checks; 0 when none failed (warnings allowed), 2 when one did."""
+    with lasting_imports():
+        from lepton_dist.bench.doctor import DoctorConfig, diagnose
+        from lepton_dist.runtime.run import run
     config = DoctorConfig(**vars(options))
     return run(lambda controller, interrupts: diagnose(controller, config))

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from lepton_dist.bench.inspect import seat_table, world_size_of
-from lepton_dist.bench.links import LinkReport, NetworkLink
+from lepton_dist.cli.imports import lasting_imports
 from lepton_dist.errors import ConfigError, UsageError
 from lepton_dist.plan.document import plan_to_yaml
 from lepton_dist.plan.plan import Plan
 from lepton_dist.plan.precision import decide_dtypes
-from lepton_dist.runtime.blueprint import Blueprint
-from lepton_dist.runtime.opening import load_plan_document
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +32,11 @@ def run_command(options: argparse.Namespace) -> int:
     for name, value in (("--ranks", options.ranks), ("--ranks-per-node", options.ranks_per_node)):
         if value is not None and value < 1:
             raise UsageError(f"{name} must be at least 1, not {value}")
+    with lasting_imports():
+        from lepton_dist.bench.inspect import seat_table, world_size_of
+        from lepton_dist.bench.links import LinkReport, NetworkLink
+        from lepton_dist.runtime.blueprint import Blueprint
+        from lepton_dist.runtime.opening import load_plan_document
     link = NetworkLink.parse(options.link) if options.link else None
     plan, document = load_plan_document(options.plan)
     ranks = options.ranks or (world_size_of(plan) if plan else 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lepton_dist.bench.planning import load_target, write_plan
+from lepton_dist.cli.imports import lasting_imports
 from lepton_dist.coordinator.estimate import estimated
 from lepton_dist.coordinator.plan_text import described
 from lepton_dist.coordinator.planner import OBJECTIVES, rank_plans
@@ -47,6 +47,8 @@ def run_command(options: argparse.Namespace) -> int:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if options.output:
         check_writable(options.output)
+    with lasting_imports():
+        from lepton_dist.bench.planning import load_target, write_plan
     precision = Precision(options.weights, options.kv_cache, options.wire)
     limits = EngineLimits(max_sequences=options.max_sequences or EngineLimits().max_sequences)
     lengths = {"max_tokens": options.max_tokens, "output_tokens": options.output_tokens}

@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from pathlib import Path
 
-from lepton_dist.bench.profile import summary
-from lepton_dist.coordinator.cluster_document import write_cluster
-from lepton_dist.runtime.compute import KINDS
-from lepton_dist.runtime.controller import Controller
-from lepton_dist.runtime.profiling import make_cluster
-from lepton_dist.runtime.run import run
-from lepton_dist.storage.outputs import check_writable
+from lepton_dist.cli.imports import lasting_imports
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -28,18 +20,8 @@ def run_command(options: argparse.Namespace) -> int:
     Raises:
         OutputError: the file cannot be written.
     """
+    with lasting_imports():
+        from lepton_dist.bench.profile import profile_job
+        from lepton_dist.runtime.run import run
     output = Path(options.output or Path("configs", "clusters", f"{options.name}.yaml"))
-    return run(lambda controller, interrupts: _profile(controller, options.name, output))
-
-
-def _profile(controller: Controller, name: str, output: Path) -> int:
-    start_s = time.perf_counter()
-    check_writable(output)
-    facts = controller.examine(kinds=KINDS)
-    world = controller.world
-    cluster = make_cluster(name, world.hosts, world.nodes, facts)
-    write_cluster(cluster, output)
-    print(summary(cluster, cluster.slow_hosts()))
-    print(f"{world.size} rank(s) measured in {time.perf_counter() - start_s:.1f} s: {output}")
-    sys.stdout.flush()
-    return 0
+    return run(lambda controller, interrupts: profile_job(controller, options.name, output))

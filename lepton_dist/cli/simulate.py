@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lepton_dist.bench.plot import check_plotting
-from lepton_dist.bench.simulate import load_simulation, summary, write_picture, write_trace
+from lepton_dist.cli.imports import lasting_imports
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +30,9 @@ def run_command(options: argparse.Namespace) -> int:
     Raises:
         UsageError: an input is wrong, or an output cannot be written.
     """
+    with lasting_imports():
+        from lepton_dist.bench.plot import check_plotting
+        from lepton_dist.bench.simulate import load_simulation, summary, write_picture, write_trace
     if options.plot:
         check_plotting()
     simulation = load_simulation(options.model, options.cluster, options.plan, options.workload, options.dtype)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lepton_dist.cli.main import COMMANDS
 from tests.end_to_end.rig import MODEL, generate, read_rows, write_rows
 from tests.harness import run
 
@@ -27,6 +28,15 @@ def test_help_imports_neither_torch_nor_mpi() -> None:
     code = "import sys\nfrom lepton_dist.cli.main import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n"
     job = run(["-c", code + "    print(sorted({'torch', 'numpy', 'mpi4py', 'yaml'} & set(sys.modules)))"])
     assert job.stdout.splitlines()[-1] == "[]", job.report()
+
+
+@pytest.mark.parametrize("words", [[], ["--no-such-option"]], ids=["help", "wrong"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_computes_is_imported_after_the_options_are_read(name: str, words: list[str]) -> None:
+    words = [name, *(words or ["--help"])]
+    code = f"import sys\nfrom lepton_dist.cli.main import main\ntry:\n    main({words!r})\nexcept SystemExit as end:\n"
+    job = run(["-c", code + "    print(end.code, sorted({'torch', 'mpi4py'} & set(sys.modules)))"])
+    assert job.stdout.splitlines()[-1] == f"{2 if '--no-such-option' in words else 0} []", job.report()
 
 
 def test_a_run_loads_no_compiler(tmp_path: Path) -> None:
