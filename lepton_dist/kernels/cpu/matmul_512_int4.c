@@ -160,10 +160,16 @@ int lepton_matmul_int4_512(const struct matmul_call *c) {
 
 /* One group of one output feature: the value of the largest magnitude goes to -8, so that all 16 steps are used. */
 static TARGET_512 void pack_group(const void *weights, int64_t kind, int64_t at, int64_t left, int64_t size, uint8_t *group, int64_t i) {
-    float values[128] __attribute__((aligned(64))), extreme = 0;
+    float values[128] __attribute__((aligned(64)));
     int8_t steps[128];
-    for (int64_t k = 0; k < size; k += 16) _mm512_store_ps(values + k, load_16(weights, kind, at + k, left - k));
-    for (int64_t k = 0; k < size; k++) extreme = fabsf(values[k]) > fabsf(extreme) ? values[k] : extreme;
+    __m512 most = _mm512_setzero_ps(), least = _mm512_setzero_ps();
+    for (int64_t k = 0; k < size; k += 16) {
+        const __m512 next = load_16(weights, kind, at + k, left - k);
+        most = _mm512_max_ps(next, most);
+        least = _mm512_min_ps(next, least);
+        _mm512_store_ps(values + k, next);
+    }
+    const float extreme = first_extreme(values, size, _mm512_reduce_max_ps(most), -_mm512_reduce_min_ps(least));
     const uint16_t bits = (uint16_t)_cvtss_sh(extreme / -8.0f, _MM_FROUND_TO_NEAREST_INT);
     const float scale = _cvtsh_ss(bits);
     memcpy(group + size / 2 * PANEL + i * 2, &bits, 2);

@@ -225,22 +225,51 @@ int lepton_matmul_int4(const struct matmul_call *c) {
     return matmul(c, c->rows < MANY_ROWS ? &few : &many);
 }
 
-/* One group of one output feature: the value of the largest magnitude goes to -8, so that all 16 steps are used. */
-static TARGET void pack_group(const float *values, int64_t group, uint8_t *half, int64_t i) {
-    float extreme = 0;
-    for (int64_t k = 0; k < group; k++) extreme = fabsf(values[k]) > fabsf(extreme) ? values[k] : extreme;
-    const uint16_t bits = (uint16_t)_cvtss_sh(extreme / -8.0f, _MM_FROUND_TO_NEAREST_INT);
-    const float scale = _cvtsh_ss(bits), inverse = scale != 0 ? 1.0f / scale : 0;
-    memcpy(half + group / PIECE * PIECE_BYTES + i * 2, &bits, 2);
-    int32_t steps[128];
-    round_all(values, inverse, group, steps);
-    for (int64_t k = 0; k < group; k++) {
-        const int32_t step = steps[k] + 8;
-        steps[k] = step < 0 ? 0 : step > 15 ? 15 : step;
+INLINE TARGET float highest_lane(__m256 x) {
+    __m128 most = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+    return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
+}
+
+/* The value of the largest magnitude. A NaN is passed over. */
+INLINE TARGET float extreme_of(const float *values, int64_t count) {
+    __m256 most = _mm256_setzero_ps(), least = _mm256_setzero_ps();
+    for (int64_t k = 0; k < count; k += 8) {
+        most = _mm256_max_ps(_mm256_loadu_ps(values + k), most);
+        least = _mm256_min_ps(_mm256_loadu_ps(values + k), least);
     }
-    for (int64_t q = 0; q < group / 8; q++)
-        for (int64_t j = 0; j < 4; j++)
-            half[q * 32 + i * 4 + j] = (uint8_t)(steps[q * 8 + j] | steps[q * 8 + 4 + j] << 4);
+    const float above = highest_lane(most), below = highest_lane(_mm256_sub_ps(_mm256_setzero_ps(), least));
+    return first_extreme(values, count, above, below);
+}
+
+/* One group of one output feature: the value of the largest magnitude goes to -8, so that all 16 steps are used. */
+INLINE TARGET void pack_group(const float *values, int64_t group, uint8_t *half, int64_t i) {
+    const uint16_t bits = (uint16_t)_cvtss_sh(extreme_of(values, group) / -8.0f, _MM_FROUND_TO_NEAREST_INT);
+    const float scale = _cvtsh_ss(bits);
+    memcpy(half + group / PIECE * PIECE_BYTES + i * 2, &bits, 2);
+    const __m256 inverse = _mm256_set1_ps(scale != 0 ? 1.0f / scale : 0);
+    for (int64_t q = 0; q < group / 8; q++) {
+        __m256i steps = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values + q * 8), inverse));
+        steps = _mm256_max_epi32(_mm256_add_epi32(steps, _mm256_set1_epi32(8)), _mm256_setzero_si256());
+        steps = _mm256_min_epi32(steps, _mm256_set1_epi32(15));
+        __m128i both = _mm_slli_epi32(_mm256_extracti128_si256(steps, 1), 4);
+        both = _mm_or_si128(both, _mm256_castsi256_si128(steps));
+        both = _mm_packus_epi16(_mm_packs_epi32(both, both), both);
+        const int32_t word = _mm_cvtsi128_si32(both);
+        memcpy(half + q * 32 + i * 4, &word, 4);
+    }
+}
+
+/* The row that begins at index `at`, zeros when that is negative, as feature `i` of a panel. */
+static TARGET void pack_row(
+    const struct matmul_call *sizes, const void *weights, int64_t kind, int64_t at, uint8_t *panel, int64_t i
+) {
+    const int64_t group = sizes->group, half = half_bytes(sizes);
+    for (int64_t g = 0; g < num_groups(sizes); g++) {
+        float values[128];
+        widen_group(weights, kind, at + g * group, at < 0 ? 0 : sizes->in - g * group, group, values);
+        pack_group(values, group, panel + (g * 2 + i / 8) * half, i % 8);
+    }
 }
 
 /* weights [out, in] of the kind (0 float32, 1 bfloat16) -> panels of num_panels(out) * ceil(in / group) * (group * 8 + 32)
@@ -249,16 +278,12 @@ void lepton_pack_int4(
     const void *weights, int64_t kind, int64_t out, int64_t in, int64_t group, uint8_t *panels, int64_t threads
 ) {
     const struct matmul_call sizes = {.in = in, .group = group};
-    const int64_t groups = num_groups(&sizes), half = half_bytes(&sizes);
+    const int64_t panel_bytes = num_groups(&sizes) * 2 * half_bytes(&sizes);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t p = 0; p < num_panels(out); p++)
         for (int64_t i = 0; i < PANEL; i++) {
             const int64_t row = p * PANEL + i;
-            for (int64_t g = 0; g < groups; g++) {
-                float values[128] = {0};
-                if (row < out) widen_group(weights, kind, row * in + g * group, in - g * group, group, values);
-                pack_group(values, group, panels + ((p * groups + g) * 2 + i / 8) * half, i % 8);
-            }
+            pack_row(&sizes, weights, kind, row < out ? row * in : -1, panels + p * panel_bytes, i);
         }
 }
 #endif

@@ -49,27 +49,68 @@ int lepton_matmul_int8(const struct matmul_call *c) {
     );
 }
 
-/* The row that begins at index `at`, zeros when that is negative, to every 16th pair of `to`; returns its scale. */
-static TARGET float pack_row(const void *weights, int64_t kind, int64_t at, int64_t in, int8_t *to) {
+/* A row's largest magnitude. */
+static TARGET float highest_of_row(const void *weights, int64_t kind, int64_t at, int64_t in) {
     float values[256], highest = 0;
-    if (at >= 0)
-        for (int64_t k0 = 0; k0 < in; k0 += 256) {
-            const int64_t length = in - k0 < 256 ? in - k0 : 256;
-            widen(weights, kind, at + k0, length, values);
-            highest = larger(largest_magnitude(values, length), highest);
-        }
-    const float inverse = highest > 0 ? 127.0f / highest : 0;
-    for (int64_t k0 = 0; k0 < in; k0 += 256) {
-        const int64_t length = in - k0 < 256 ? in - k0 : 256;
-        int32_t whole[256];
-        int8_t rounded[256];
-        memset(values, 0, sizeof values);
-        if (at >= 0) widen(weights, kind, at + k0, length, values);
-        round_all(values, inverse, 256, whole);
-        for (int64_t k = 0; k < 256; k++) rounded[k] = (int8_t)whole[k];
-        for (int64_t k = 0; k < length; k += 2) memcpy(to + (k0 + k) * PANEL, rounded + k, 2);
+    for (int64_t k = 0; k < in; k += 256) {
+        const int64_t length = in - k < 256 ? in - k : 256;
+        widen(weights, kind, at + k, length, values);
+        highest = larger(largest_magnitude(values, length), highest);
     }
-    return highest / 127.0f;
+    return highest;
+}
+
+/* 32 values times a factor, rounded to bytes. */
+INLINE TARGET __m256i round_to_32_bytes(const void *weights, int64_t kind, int64_t at, float factor) {
+    float values[32];
+    int32_t whole[32];
+    widen(weights, kind, at, 32, values);
+    round_all(values, factor, 32, whole);
+    const __m256i *four = (const __m256i *)whole;
+    const __m256i low = _mm256_packs_epi32(_mm256_loadu_si256(four), _mm256_loadu_si256(four + 1));
+    const __m256i high = _mm256_packs_epi32(_mm256_loadu_si256(four + 2), _mm256_loadu_si256(four + 3));
+    /* Packing goes by halves of a vector: words 0 and 4 are neighbours in the end. */
+    return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+/* 32 k of all rows of a panel: words of four bytes are turned over, eight rows at a time, then halved. */
+INLINE TARGET void pack_32(const void *weights, int64_t kind, int64_t at, int64_t in, const float *factors, int8_t *to) {
+    const __m256i low_half = _mm256_set1_epi32(0xffff);
+    __m256i words[PANEL];
+    for (int64_t i = 0; i < PANEL; i++) words[i] = round_to_32_bytes(weights, kind, at + i * in, factors[i]);
+    turn_square(words);
+    turn_square(words + 8);
+    UNROLL for (int j = 0; j < 8; j++) {
+        const __m256i a = words[j], b = words[8 + j];
+        const __m256i first = _mm256_packus_epi32(_mm256_and_si256(a, low_half), _mm256_and_si256(b, low_half));
+        const __m256i second = _mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16));
+        _mm256_storeu_si256((__m256i *)to + 2 * j, _mm256_permute4x64_epi64(first, 0xd8));
+        _mm256_storeu_si256((__m256i *)to + 2 * j + 1, _mm256_permute4x64_epi64(second, 0xd8));
+    }
+}
+
+/* Up to 16 rows from index `at` on, those that are not there zeros; and the scale of each. */
+static TARGET void pack_panel(
+    const void *weights, int64_t kind, int64_t at, int64_t rows, int64_t in, int8_t *panel, float *scales
+) {
+    float factors[PANEL];
+    for (int64_t i = 0; i < PANEL; i++) {
+        const float highest = i < rows ? highest_of_row(weights, kind, at + i * in, in) : 0;
+        factors[i] = highest > 0 ? 127.0f / highest : 0;
+        scales[i] = highest / 127.0f;
+    }
+    int64_t k = 0;
+    if (rows >= PANEL)
+        for (; k + 32 <= in; k += 32) pack_32(weights, kind, at + k, in, factors, panel + k * PANEL);
+    for (; k < in; k += 2)
+        for (int64_t i = 0; i < PANEL; i++) {
+            float values[8] = {0};
+            int32_t whole[8];
+            if (i < rows) widen(weights, kind, at + i * in + k, in - k < 2 ? 1 : 2, values);
+            round_all(values, factors[i], 8, whole);
+            const int8_t pair[2] = {(int8_t)whole[0], (int8_t)whole[1]};
+            memcpy(panel + k * PANEL + i * 2, pair, 2);
+        }
 }
 
 /* weights [out, in] of the kind (0 float32, 1 bfloat16) -> panels of num_panels(out) * (in + in % 2) * 16 bytes, and
@@ -79,10 +120,9 @@ void lepton_pack_int8(
 ) {
     const int64_t padded = in + in % 2;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t p = 0; p < num_panels(out); p++)
-        for (int64_t i = 0; i < PANEL; i++) {
-            const int64_t row = p * PANEL + i;
-            scales[row] = pack_row(weights, kind, row < out ? row * in : -1, in, panels + p * padded * PANEL + i * 2);
-        }
+    for (int64_t p = 0; p < num_panels(out); p++) {
+        const int64_t row = p * PANEL;
+        pack_panel(weights, kind, row * in, out - row, in, panels + row * padded, scales + row);
+    }
 }
 #endif

@@ -96,6 +96,15 @@ INLINE TARGET float largest_magnitude(const float *values, int64_t count) {
     return highest;
 }
 
+/* The first of the values that have the largest magnitude, where `above` is the largest of them and of 0 and `below` that of
+   the same turned around; 0 where all are zero. Without a branch on its sign, which would be guessed. */
+INLINE float first_extreme(const float *values, int64_t count, float above, float below) {
+    if (above != below) return larger(above, below) * (float)((above > below) - (below > above));
+    int64_t first = 0;
+    while (first < count - 1 && fabsf(values[first]) != above) first++;
+    return above > 0 ? values[first] : 0;
+}
+
 /* values * factor to the nearest whole numbers, ties to even. `count` is a multiple of 8. */
 INLINE TARGET void round_all(const float *values, float factor, int64_t count, int32_t *to) {
     const __m256 factors = _mm256_set1_ps(factor);

@@ -97,6 +97,17 @@ def test_rounded_panels_equal_the_reference(kind: str, level: VectorLevel, shape
 
 
 @at_each_level
+@pytest.mark.parametrize("kind", ["int8", *INT4])
+def test_weights_round_as_the_reference_also_where_two_are_the_largest(kind: str, level: VectorLevel) -> None:
+    """Of a group's largest magnitudes, of either sign, the first becomes -8."""
+    weight = (case(1, 300, 70)[1] * 60).round_().clamp_(-3, 3)  # a few values: every group has several largest ones
+    weight[::7] = 0
+    form = PanelWeight.of(weight, kind, level)
+    y = torch.cat([form.matmul(rows) for rows in torch.eye(300).split(16)])  # few rows: the panels are not expanded
+    assert torch.allclose(y.T, RoundedWeight(weight, kind).dense(torch.float32), rtol=1e-5, atol=0)
+
+
+@at_each_level
 @pytest.mark.parametrize("kind", INT4)
 @settings(max_examples=60, deadline=None)
 @given(shape=st.tuples(st.integers(33, 60), st.integers(1, 1200), st.integers(1, 70)))
