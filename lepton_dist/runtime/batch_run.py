@@ -10,7 +10,6 @@ from typing import Any
 from lepton_dist.config.generate import GenerateConfig
 from lepton_dist.config.sampling import SamplingParams
 from lepton_dist.errors import EXIT_DONE, EXIT_ROW_ERRORS, EXIT_STOPPED, RequestError
-from lepton_dist.runtime.auto_plan import plan_here
 from lepton_dist.runtime.blueprint import Blueprint
 from lepton_dist.runtime.controller import Controller
 from lepton_dist.runtime.decision_log import decision_log
@@ -42,6 +41,8 @@ def run_batch(controller: Controller, interrupts: Interrupts, config: GenerateCo
     plan, document = load_plan_document(config.plan)
     cluster = named_cluster(plan, controller.world.nodes)
     if plan is not None and plan.is_auto:
+        from lepton_dist.runtime.auto_plan import plan_here  # not above: few runs need the planner, and all would wait
+
         plan, cluster = plan_here(controller, config, plan, cluster)
     request = ModelRequest(config.model, plan, config.dtype, config.threads, cluster)
     blueprint, dtypes = draw_blueprint(controller.world, request, document)
