@@ -13,7 +13,8 @@ from lepton_dist.plan.precision import QUANTIZED
 _AXIS = re.compile(r"(dp|pp|tp)([1-9][0-9]*)")
 _DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32"}
 _WIRES = {"wire-int8": "int8", "wire-bf16": "bfloat16", "wire-fp32": "float32"}
-_KNOWN = ", ".join(("plan", "plain", "tpN", "ppN", "dpN", "bf16", "fp32", *QUANTIZED, *_WIRES))
+_NO_OVERLAP = "no-overlap"
+_KNOWN = ", ".join(("plan", "plain", "tpN", "ppN", "dpN", "bf16", "fp32", *QUANTIZED, *_WIRES, _NO_OVERLAP))
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Setting:
     name: str
     plan: Plan | None
     precision: Precision
+    overlaps: bool = True
 
     def over(self, given: Plan) -> Plan:
         """The plan to run, where `given` is the one that a setting without a mesh takes.
@@ -32,7 +34,8 @@ class Setting:
         """
         plan = self.plan or given
         asked = {f.name: value for f in fields(Precision) if (value := getattr(self.precision, f.name))}
-        plan = replace(plan, precision=replace(plan.precision, **asked))
+        engine = plan.engine if self.overlaps else replace(plan.engine, overlap=False)
+        plan = replace(plan, precision=replace(plan.precision, **asked), engine=engine)
         return parse_plan(plan_to_yaml(plan), f"--compare {self.name}")
 
 
@@ -44,7 +47,7 @@ def parse_setting(text: str, world_size: int) -> Setting:
     """
     axes: dict[str, int] = {}
     precision = Precision()
-    uses_plan = False
+    uses_plan, overlaps = False, True
     for word in sorted(text.split("+"), key=lambda word: word not in _DTYPES):  # a dtype first: it sets all three
         match = _AXIS.fullmatch(word)
         if match is not None:
@@ -55,6 +58,8 @@ def parse_setting(text: str, world_size: int) -> Setting:
             precision = replace(precision, weights=word)
         elif word in _WIRES:
             precision = replace(precision, wire=_WIRES[word])
+        elif word == _NO_OVERLAP:
+            overlaps = False
         elif word == "plan":
             uses_plan = True
         elif word == "plain":
@@ -62,11 +67,11 @@ def parse_setting(text: str, world_size: int) -> Setting:
         else:
             raise UsageError(f"--compare {text}: {word!r} is unknown; known: {_KNOWN}")
     if uses_plan or not axes:
-        return Setting(text, None, precision)
+        return Setting(text, None, precision, overlaps)
     mesh = Mesh(**axes)
     if mesh.size > world_size:
         raise UsageError(f"--compare {text}: needs {mesh.size} ranks, the job has {world_size}")
-    return Setting(text, _on_first_ranks(mesh), precision)
+    return Setting(text, _on_first_ranks(mesh), precision, overlaps)
 
 
 def _on_first_ranks(mesh: Mesh) -> Plan:

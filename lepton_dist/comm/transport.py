@@ -120,7 +120,12 @@ class Post(Protocol):
 
 
 class Fabric(Protocol):
-    """What a world stands on: threads of this process, or MPI."""
+    """What a world stands on: threads of this process, or MPI.
+
+    `serves_any_thread` says that calls may come from one thread and then from another, if never from two at a time.
+    """
+
+    serves_any_thread: bool
 
     def connect(self, members: Sequence[int], name: str) -> Links:
         """Join `members` (two or more world ranks, this one among them); collective over them."""

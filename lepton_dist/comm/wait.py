@@ -8,6 +8,7 @@ time spent on waiting would be missing when there is work. `Backoff` is for loop
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 
@@ -21,6 +22,20 @@ SHORTEST_SLEEP_S = 50e-6
 LONGEST_SLEEP_S = 1e-3
 # A sleep is at most this part of the time already waited, which bounds what sleeping adds to a wait.
 _SLEEP_PART = 0.02
+
+
+class _Manners(threading.local):
+    """How this thread waits."""
+
+    sleeps_at_once = False
+
+
+_MANNERS = _Manners()
+
+
+def sleep_at_once() -> None:
+    """From here on this thread waits asleep, as another one computes on its core meanwhile."""
+    _MANNERS.sleeps_at_once = True
 
 
 def wait_until(
@@ -39,12 +54,13 @@ def wait_until(
     Raises:
         RankLostError: the deadline of `patience` has passed.
     """
-    for _ in range(SPINS):
+    is_polite = _MANNERS.sleeps_at_once
+    for _ in range(1 if is_polite else SPINS):
         if ready():
             return
     start = time.perf_counter()
     seconds, phase = patience.seconds, patience.phase
-    grace_s = min(grace_s, RATIONED_GRACE_S) if is_rationed() else grace_s
+    grace_s = 0.0 if is_polite else min(grace_s, RATIONED_GRACE_S) if is_rationed() else grace_s
     while True:
         if ready():
             return

@@ -47,6 +47,11 @@ class World:
         self.library = library  # the MPI library's name and version; empty without MPI
         self._fabric = fabric
 
+    @property
+    def serves_any_thread(self) -> bool:
+        """Whether groups may be used by one thread and then by another, if never by two at a time."""
+        return self._fabric.serves_any_thread
+
     def group(self, members: Sequence[int], name: str) -> Group:
         """The group of these world ranks, in this order; collective over the members and nobody else.
 

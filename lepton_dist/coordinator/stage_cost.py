@@ -14,6 +14,7 @@ from lepton_dist.engine.work import StepWork
 from lepton_dist.model.config import ModelConfig
 from lepton_dist.model.parameters import matrix_kind
 from lepton_dist.plan.axes import Axis, ModelShape, span_size
+from lepton_dist.plan.crossing import OVERLAP_ROWS
 from lepton_dist.plan.placement import Seat
 from lepton_dist.plan.precision import INT4_GROUPS, Dtypes
 
@@ -181,39 +182,48 @@ class StageCost:
         self._samples_s = cluster.all_reduce_s(self._members, 16) if self._reduces_samples else 0.0
         self._row_bytes = model.shape.hidden * WEIGHT_BYTES[model.dtypes.compute]
         self._wire_row_bytes = model.shape.hidden * WIRE_BYTES[model.dtypes.wire]
-        # An int8 wire carries the sums of layers too, but only between nodes.
-        is_narrow = model.dtypes.wire == "int8" and len({cluster.ranks[rank].node for rank in self._members}) > 1
+        # An int8 wire carries the sums of layers too, but only between nodes. There wide steps also hide them behind what
+        # is computed; that `engine.overlap` may say no, or be found not to pay, is not in the price.
+        self._is_far = len({cluster.ranks[rank].node for rank in self._members}) > 1
+        is_narrow = model.dtypes.wire == "int8" and self._is_far
         self._sum_row_bytes = self._wire_row_bytes if is_narrow else self._row_bytes
         # Activations are whole on every rank of a stage: rank j gets them from rank j mod n of the n before.
         self._links = {cluster.link(before[j % len(before)], rank) for j, rank in enumerate(self._members) if before}
-        self._moves: dict[tuple[int, int], tuple[float, float]] = {}
+        self._moves: dict[tuple[int, int], tuple[float, float, float]] = {}
 
     def terms(self, work: StepWork) -> Terms:
         """Seconds of the slowest rank."""
         slowest = max((rank.terms(work) for rank in self._ranks), key=sum) if len(self._ranks) > 1 else None
         weights, matmul, attention, overhead = slowest or self._ranks[0].terms(work)
-        collectives, transfers = self._moved(work)
+        sums, others, transfers = self._moved(work)
+        collectives = others + self._waited(work, sums, weights + matmul + attention + overhead)
         return Terms(weights, matmul, attention, collectives, transfers, overhead)
 
     def rank_seconds(self, work: StepWork) -> list[float]:
         """Seconds in which each rank of the stage computes, or moves what all wait for."""
-        moved_s = sum(self._moved(work))
-        return [sum(rank.terms(work)) + moved_s for rank in self._own]
+        sums, others, transfers = self._moved(work)
+        computed = [sum(rank.terms(work)) for rank in self._own]
+        return [own_s + self._waited(work, sums, own_s) + others + transfers for own_s in computed]
 
-    def _moved(self, work: StepWork) -> tuple[float, float]:
+    def _waited(self, work: StepWork, sums: float, computed: float) -> float:
+        """What is left of the sums of layers where they travel while the other half of a step is computed."""
+        return max(sums - computed, 0.0) if self._is_far and work.tokens >= OVERLAP_ROWS else sums
+
+    def _moved(self, work: StepWork) -> tuple[float, float, float]:
+        """Seconds of the sums of layers, of other collectives, and of what comes from the stage before."""
         tokens, samples = work.tokens, work.samples
         found = self._moves.get((tokens, samples))
         if found is None:
-            collectives = transfers = 0.0
+            sums = others = transfers = 0.0
             if self._num_reduces:
-                collectives = self._num_reduces * self._reduce_s(tokens * self._sum_row_bytes)
+                sums = self._num_reduces * self._reduce_s(tokens * self._sum_row_bytes)
             if self._reduces_samples and samples:
-                collectives += 2 * self._reduce_s(samples * self._sum_row_bytes) + self._samples_s
+                others += 2 * self._reduce_s(samples * self._sum_row_bytes) + self._samples_s
             if self._embeds:
-                collectives += self._reduce_s(tokens * self._row_bytes)
+                others += self._reduce_s(tokens * self._row_bytes)
             if self._links:
                 transfers = max(link.seconds(tokens * self._wire_row_bytes) for link in self._links)
-            found = self._moves[tokens, samples] = collectives, transfers
+            found = self._moves[tokens, samples] = sums, others, transfers
         return found
 
     def _reduce_s(self, num_bytes: float) -> float:

@@ -85,6 +85,10 @@ class CachedAttention:
         """See `Attend`."""
         return self.cache.arenas(layer)
 
+    def of_rows(self, rows: NDArray[np.int64]) -> CachedAttention:
+        """See `Attend`."""
+        return CachedAttention(self.cache, self.batch.of_rows(rows))
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -87,8 +87,10 @@ class StageRunner:
         return self._devices is not None and self._devices.courier.progress()
 
     def close(self) -> None:
-        """Let go of captured graphs, which must go before the communicators whose operations they hold."""
+        """Let go of threads, and of captured graphs, which must go before communicators whose operations they hold."""
         self._graphs = None
+        if self._stage.decoder.overlap is not None:
+            self._stage.decoder.overlap.close()
 
     def run(self, batch: RunBatch) -> StepResult | None:
         """Begin a batch and wait for its result."""

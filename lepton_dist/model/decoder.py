@@ -12,60 +12,13 @@ import torch
 
 from lepton_dist.kernels.activations import ACTIVATIONS
 from lepton_dist.kernels.attention import ReadRows
-from lepton_dist.kernels.cpu.layer import NativeLayer
 from lepton_dist.model.config import ModelConfig
+from lepton_dist.model.decoder_layer import DecoderLayer, make_layer
 from lepton_dist.model.held import HeldParameters
 from lepton_dist.model.layers import Attend, Attention, Embedding, Linear, Mlp, Norm, Reduce
-from lepton_dist.model.native_layer import native_layer
+from lepton_dist.model.overlap import Overlap, run_in_one_piece
 from lepton_dist.model.rope import RopeTables
 from lepton_dist.plan.axes import Axis
-
-
-@dataclass
-class DecoderLayer:
-    """Pre-norm attention and MLP. What each gives is added to the residual stream by the norm behind it."""
-
-    attention_norm: Norm
-    attention: Attention
-    mlp_norm: Norm
-    mlp: Mlp
-    native: NativeLayer | None = None
-
-    def __call__(
-        self,
-        hidden: torch.Tensor,
-        delta: torch.Tensor | None,
-        angles: tuple[torch.Tensor, torch.Tensor] | None,
-        layer: int,
-        attend: Attend,
-    ) -> torch.Tensor:
-        """hidden float32 [tokens, hidden] += delta of the layer before, in place -> this layer's delta, to be added."""
-        if self.native is not None and angles is not None and self.native.can_enter(arenas := attend.arenas(layer)):
-            mixed = self.native.attention(hidden, delta, angles, arenas, attend.batch)
-            return self.mlp.down.reduce(self.native.mlp(hidden, self.attention.output.reduce(mixed)))
-        normed = self.attention_norm.add(hidden, delta)
-        mixed = self.attention(normed, angles, layer, attend)
-        return self.mlp(self.mlp_norm.add(hidden, mixed))
-
-    def last(
-        self,
-        hidden: torch.Tensor,
-        delta: torch.Tensor | None,
-        angles: tuple[torch.Tensor, torch.Tensor] | None,
-        layer: int,
-        attend: Attend,
-        read: ReadRows,
-    ) -> torch.Tensor:
-        """As a model's last layer, from which few rows are read: all leave keys and values, those alone go on.
-
-        -> their residual stream, this layer's delta in it: float32 [rows, hidden].
-        """
-        normed = self.attention_norm.add(hidden, delta)
-        mixed = self.attention.mix(normed, angles, layer, attend, read)
-        kept = hidden[read.index]
-        if not read.index.numel():
-            return kept
-        return kept.add_(self.mlp(self.mlp_norm.add(kept, self.attention.output(mixed))))
 
 
 @dataclass
@@ -82,12 +35,13 @@ class Head:
 
 @dataclass
 class Decoder:
-    """This rank's shard of one stage."""
+    """This rank's shard of one stage. With `overlap` sums travel while others of a step's rows are computed."""
 
     embedding: Embedding | None
     layers: list[DecoderLayer]
     head: Head | None
     rope: RopeTables | None
+    overlap: Overlap | None = None
 
     def embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """tokens, positions int64 [tokens] -> float32 [tokens, hidden]; on the first stage only."""
@@ -109,8 +63,9 @@ class Decoder:
         """
         angles = None if self.rope is None else self.rope.rows(positions, is_long)
         delta, whole = None, self.layers if read is None else self.layers[:-1]
-        for index, layer in enumerate(whole):
-            delta = layer(hidden, delta, angles, index, attend)
+        if whole:
+            run = run_in_one_piece if self.overlap is None else self.overlap.run
+            delta = run(whole, hidden, angles, attend)
         if read is not None:
             return self.layers[-1].last(hidden, delta, angles, len(whole), attend, read)
         return hidden if delta is None else hidden.add_(delta)
@@ -129,6 +84,7 @@ class DecoderParts:
     dtype: torch.dtype
     first_vocab_row: int
     device: torch.device | None = None
+    overlap: Overlap | None = None
 
     def linear(self, name: str, contracted: Axis) -> Linear:
         """The collective follows from the axis that the matmul contracts."""
@@ -161,7 +117,7 @@ def build_decoder(parts: DecoderParts, layers: range) -> Decoder:
         has_own = "head.weight" in parts.held.matrices
         head = Head(parts.norm("final_norm"), parts.linear("head", Axis.EMBED) if has_own else parts.tied_head())
     rope = None if config.rope is None else RopeTables(config.rope, config.max_positions, parts.device)
-    return Decoder(embedding, [_layer(parts, index) for index in layers], head, rope)
+    return Decoder(embedding, [_layer(parts, index) for index in layers], head, rope, parts.overlap)
 
 
 def _layer(parts: DecoderParts, index: int) -> DecoderLayer:
@@ -182,9 +138,3 @@ def _layer(parts: DecoderParts, index: int) -> DecoderLayer:
     )
     norms = parts.norm(f"{at}attention_norm"), parts.norm(f"{at}mlp_norm")
     return make_layer(norms[0], attention, norms[1], mlp, 0 if config.rope is None else config.rope.dim)
-
-
-def make_layer(attention_norm: Norm, attention: Attention, mlp_norm: Norm, mlp: Mlp, rotated: int) -> DecoderLayer:
-    """A layer of these parts, in the fastest form that there is; `rotated` channels of each head turn."""
-    native = native_layer(attention_norm, attention, mlp_norm, mlp, rotated)
-    return DecoderLayer(attention_norm, attention, mlp_norm, mlp, native)

@@ -6,13 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 
 from lepton_dist.kernels.activations import gated
 from lepton_dist.kernels.attention import PagedBatch, ReadRows
 from lepton_dist.kernels.linear import Weight
 from lepton_dist.kernels.norms import add_rms_norm, layer_norm, rms_norm
+
+Angles = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin of the rotation of each token: float32 [tokens, 1, dim / 2]."""
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 """Sums partial results over the ranks that share a contracted axis; the identity where it is not sharded."""
@@ -31,7 +36,7 @@ class Attend(Protocol):
         layer: int,
         turned: torch.Tensor,
         value: torch.Tensor,
-        angles: tuple[torch.Tensor, torch.Tensor] | None,
+        angles: Angles | None,
         window: int | None,
         read: ReadRows | None = None,
     ) -> torch.Tensor:
@@ -46,6 +51,10 @@ class Attend(Protocol):
         """The keys and values of a layer, for kernels that do all that and more by themselves."""
         ...
 
+    def of_rows(self, rows: NDArray[np.int64]) -> Attend:
+        """The same for some of the batch's rows alone, ascending int64 [r]."""
+        ...
+
 
 @dataclass
 class Linear:
@@ -57,7 +66,11 @@ class Linear:
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """[tokens, in] -> [tokens, out] in `dtype`, by default that of `x`."""
-        y = self.reduce(self.weight.matmul(x, dtype))
+        return self.whole(self.weight.matmul(x, dtype))
+
+    def whole(self, part: torch.Tensor) -> torch.Tensor:
+        """This rank's product [tokens, out] -> the sum over ranks, with the bias; in place."""
+        y = self.reduce(part)
         return y if self.bias is None else y.add_(self.bias)
 
 
@@ -126,16 +139,10 @@ class Attention:
         """This rank's KV heads."""
         return (self.qkv.weight.out_features // self.head_dim - self.num_heads) // 2
 
-    def __call__(
-        self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None, layer: int, attend: Attend
-    ) -> torch.Tensor:
-        """x [tokens, hidden]; angles cos and sin [tokens, 1, dim / 2], or None -> [tokens, hidden]."""
-        return self.output(self.mix(x, angles, layer, attend))
-
     def mix(
         self,
         x: torch.Tensor,
-        angles: tuple[torch.Tensor, torch.Tensor] | None,
+        angles: Angles | None,
         layer: int,
         attend: Attend,
         read: ReadRows | None = None,
@@ -161,5 +168,9 @@ class Mlp:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] -> [tokens, hidden]."""
+        return self.down(self.inner(x))
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        """What goes into the last matmul: [tokens, ffn/tp]."""
         inner = self.up(x)  # [tokens, 2 ffn/tp] when gated
-        return self.down(gated(inner, self.activation) if self.is_gated else self.activation(inner))
+        return gated(inner, self.activation) if self.is_gated else self.activation(inner)

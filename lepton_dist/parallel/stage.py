@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -18,6 +19,7 @@ from lepton_dist.model.config import ModelConfig
 from lepton_dist.model.decoder import Decoder, DecoderParts, build_decoder
 from lepton_dist.model.held import HeldParameters
 from lepton_dist.model.layers import Reduce
+from lepton_dist.model.overlap import Overlap
 from lepton_dist.plan.axes import Axis
 from lepton_dist.plan.placement import Seat
 from lepton_dist.plan.plan import Replica
@@ -137,6 +139,11 @@ def reduce_over(group: Group, wire: torch.dtype, device: torch.device | None = N
     return reduce
 
 
+def _largest(group: Group, value: float) -> float:
+    """The largest of the members' values."""
+    return float(group.all_reduce(torch.tensor([value], dtype=torch.float64), "max"))
+
+
 def _identity(x: torch.Tensor) -> torch.Tensor:
     return x
 
@@ -149,10 +156,17 @@ def build_stage(
     tp: Group,
     link: StageLink,
     device: torch.device | None = None,
+    *,
+    overlaps: bool = False,
 ) -> ParallelStage:
-    """Assemble a rank's stage from its loaded parameters, all of them on `device`."""
+    """Assemble a rank's stage from its loaded parameters, all of them on `device`.
+
+    With `overlaps` sums between nodes travel while others of a step's rows are computed, on CPUs.
+    """
     vocab_start = seat.spans[Axis.VOCAB][0].start
     dtype: torch.dtype = getattr(torch, dtypes.compute)
     reduce = reduce_over(tp, link.dtype, device)
-    parts = DecoderParts(config, held, reduce, dtype, vocab_start, device)
+    is_far = tp.num_nodes > 1 and (device is None or device.type == "cpu")
+    overlap = Overlap(partial(_largest, tp)) if overlaps and is_far else None
+    parts = DecoderParts(config, held, reduce, dtype, vocab_start, device, overlap)
     return ParallelStage(seat, build_decoder(parts, seat.layers), tp, link, vocab_start, config.shape.vocab)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from lepton_dist.plan.plan import Plan, Stage
 
+OVERLAP_ROWS = 128
+"""Tokens of a step from which sums between nodes may travel while others of them are computed (`engine.overlap`)."""
+
 
 @dataclass(frozen=True)
 class WideStage:

@@ -220,7 +220,7 @@ def _engine(document: Document, value: Any) -> EngineLimits:
     _known(document, values, "engine", tuple(f.name for f in fields(EngineLimits)))
     for name, setting in values.items():
         key = f"engine.{name}"
-        if name == "prefix_cache":
+        if name in ("prefix_cache", "overlap"):
             if not isinstance(setting, bool):
                 raise document.error(key, f"must be true or false, not {setting!r}")
         elif name == "balancer":

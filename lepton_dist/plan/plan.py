@@ -100,6 +100,7 @@ class EngineLimits:
     kv_cache_bytes: int | Auto = "auto"
     context_tokens: int | Auto = "auto"
     prefix_cache: bool = True
+    overlap: bool = True
     step_timeout_s: float = 300.0
     load_timeout_s: float = 1800.0
     balancer: BalancerPolicy = "predicted"

@@ -127,7 +127,8 @@ class _Opening:
         tp = self._devices.serve(stage_group(world, self.replica, seat, "tp"))
         calibrate(tp)
         with self._told_of_memory("its weights"):
-            return build_stage(seat, blueprint.config, held, self._dtypes, tp, link, device)
+            overlaps = blueprint.limits.overlap and world.serves_any_thread
+            return build_stage(seat, blueprint.config, held, self._dtypes, tp, link, device, overlaps=overlaps)
 
     def rehearse(self, stage: ParallelStage) -> int:
         """The bytes that steps take at most on this rank's GPU; 0 on a CPU."""

@@ -21,7 +21,8 @@ from lepton_dist.kernels.activations import ACTIVATIONS
 from lepton_dist.kernels.cpu.matmul import MatmulCall, native_product
 from lepton_dist.kernels.cpu.native import native_library
 from lepton_dist.model.config import RopeConfig
-from lepton_dist.model.decoder import Decoder, DecoderLayer, Head, make_layer
+from lepton_dist.model.decoder import Decoder, Head
+from lepton_dist.model.decoder_layer import DecoderLayer, make_layer
 from lepton_dist.model.layers import Attention, Embedding, Linear, Mlp, Norm
 from lepton_dist.model.rope import RopeTables
 from lepton_dist.parallel.stage import ParallelStage, StageLink

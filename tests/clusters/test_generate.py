@@ -25,9 +25,14 @@ COMMAND = (sys.executable, "-m", "lepton_dist.cli.main", "generate", "--model", 
 OPTIONS = ("--threads", "1", "--temperature", "0", "--max-tokens", "24")
 
 
-def write_input(folder: Path, rows: int = 6) -> Path:
+LONG = [(7 * i) % 4000 + 5 for i in range(200)]  # a step wide enough to be cut in two where sums cross the network
+
+
+def write_input(folder: Path, rows: int = 6, prompt: list[int] | None = None) -> Path:
+    """Rows of short prompts with a long one among them, or all of one prompt."""
     path = folder / "in.jsonl"
-    lines = [json.dumps({"id": n, "prompt_token_ids": [7 + n, 30, 200, 9], "ignore_eos": True}) for n in range(rows)]
+    prompts = [prompt or (LONG if n == 2 else [7 + n, 30, 200, 9]) for n in range(rows)]
+    lines = [json.dumps({"id": n, "prompt_token_ids": ids, "ignore_eos": True}) for n, ids in enumerate(prompts)]
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -76,10 +81,19 @@ class TestHosts:
         # Every step's activations of 256 floats a token left the first host; commands are a few hundred bytes each.
         assert sent[0] > 6 * 24 * 256 * 4, sent
 
-    @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
-    def test_a_lost_rank_ends_the_job(self, hosts: netns.Hosts, number: signal.Signals, tmp_path: Path) -> None:
-        source, output = write_input(tmp_path, rows=200), tmp_path / "out.jsonl"
-        words = [*COMMAND, "--input", str(source), "--output", str(output), "--threads", "1", "--max-tokens", "200"]
+    @pytest.mark.parametrize(
+        ("number", "mesh"), [(signal.SIGSTOP, "pp: 3"), (signal.SIGKILL, "pp: 3"), (signal.SIGKILL, "tp: 3")]
+    )
+    def test_a_lost_rank_ends_the_job(
+        self, hosts: netns.Hosts, number: signal.Signals, mesh: str, tmp_path: Path
+    ) -> None:
+        # Under tensor parallelism prompts without end: a thread of its own waits for the sums.
+        is_wide = mesh.startswith("tp")
+        source = write_input(tmp_path, 2000, LONG) if is_wide else write_input(tmp_path, 200)
+        output, plan = tmp_path / "out.jsonl", tmp_path / "plan.yaml"
+        plan.write_text(f"mesh: {{{mesh}}}\nengine: {{prefix_cache: false}}\n")
+        words = [*COMMAND, "--input", str(source), "--output", str(output), "--plan", str(plan), "--threads", "1"]
+        words += ["--max-tokens", "2" if is_wide else "200"]
         job = subprocess.Popen(
             hosts.mpirun(BIN, 3, *words), env=host_environment(hosts), stderr=subprocess.PIPE, text=True
         )

@@ -207,6 +207,7 @@ class LocalFabric:
     def __init__(self, hub: Hub, rank: int, patience: Patience) -> None:
         self._hub, self._rank, self._patience = hub, rank, patience
         self._opened: dict[Hashable, int] = {}
+        self.serves_any_thread = True
 
     def connect(self, members: Sequence[int], name: str) -> Links:
         """See `Fabric`."""

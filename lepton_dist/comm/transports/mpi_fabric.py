@@ -52,7 +52,7 @@ def start_mpi(launcher: Launcher, patience: Patience) -> MpiFabric:
     is_ours = not MPI.Is_initialized()
     if is_ours:
         set_library_defaults(launcher, MPI.Get_library_version())
-        MPI.Init_thread(MPI.THREAD_FUNNELED)
+        MPI.Init_thread(MPI.THREAD_SERIALIZED)  # one thread at a time, not always the same: see model/overlap.py
     version = MPI.Get_library_version().replace("\0", "").strip().splitlines()[0]
     size = MPI.COMM_WORLD.Get_size()
     if launcher.size not in (0, size):
@@ -74,6 +74,7 @@ class MpiFabric:
         self._comm = MPI.COMM_WORLD.Dup()
         self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
         self.library = library
+        self.serves_any_thread = MPI.Query_thread() >= MPI.THREAD_SERIALIZED
         self.hosts = self._gather_hosts()
         self.nodes = self._gather_nodes()
         self._patience, self._is_ours = patience, is_ours

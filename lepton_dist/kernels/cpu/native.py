@@ -67,6 +67,17 @@ def native_library() -> ctypes.CDLL | None:
     return library
 
 
+def work_alone() -> None:
+    """Let what this thread computes wake no others; without the compiled kernels, nothing changes.
+
+    Not `torch.set_num_threads`, which would speak for all threads of the process.
+    """
+    torch.get_num_threads()  # torch sets a new thread's number when it is first asked for
+    library = native_library()
+    if library is not None:
+        library.lepton_work_alone()
+
+
 @cache
 def vector_level() -> VectorLevel:
     """What the kernels may use of this machine."""

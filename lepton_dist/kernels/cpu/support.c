@@ -1,4 +1,9 @@
+#include <omp.h>
+
 #include "vector.h"
+
+/* What the calling thread computes, torch's work too, is its own alone from here on: no team of threads is made for it. */
+void lepton_work_alone(void) { omp_set_num_threads(1); }
 
 /* Which of the kernels this machine has the instructions for. */
 enum vector_level lepton_vector_level(void) {

@@ -39,6 +39,12 @@ def test_a_precision_goes_over_the_plans() -> None:
     assert parse_setting("pp2+wire-int8", 2).over(given).precision == Precision(wire="int8")
 
 
+def test_sums_may_be_waited_for() -> None:
+    assert parse_setting("tp2+wire-int8", 2).over(Plan(mesh=Mesh(tp=2))).engine.overlap
+    assert not parse_setting("tp2+wire-int8+no-overlap", 2).over(Plan(mesh=Mesh(tp=2))).engine.overlap
+    assert not parse_setting("no-overlap", 2).over(Plan(mesh=Mesh(tp=2))).engine.overlap
+
+
 @pytest.mark.parametrize(
     ("text", "problem"), [("tp3", "needs 3 ranks, the job has 2"), ("fast", "'fast' is unknown"), ("tp0", "'tp0'")]
 )

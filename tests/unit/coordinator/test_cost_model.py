@@ -20,6 +20,7 @@ from lepton_dist.model.parameters import ParameterTable
 from lepton_dist.model.registry import read_model
 from lepton_dist.parallel.requirements import kv_heads_of, weight_bytes
 from lepton_dist.plan.axes import ModelShape
+from lepton_dist.plan.crossing import OVERLAP_ROWS
 from lepton_dist.plan.placement import seats
 from lepton_dist.plan.plan import Plan, Replica, Stage
 from lepton_dist.plan.precision import Dtypes
@@ -154,15 +155,30 @@ def test_collectives_of_a_stage() -> None:
     one = on.all_reduce_s([0, 1], 16 * 1024 * 2)
     assert terms.collectives == pytest.approx((2 * 8 + 1) * one + on.all_reduce_s([0, 1], 16))
     assert terms.transfers == 1e-6
-    apart = cluster(0, 1)
-    plain, narrow = (
-        model(Plan.from_mesh(tp=2), apart, replace(BF16, wire=wire)).replicas[0].interval(PREFILL).collectives
-        for wire in ("bfloat16", "int8")
-    )
-    assert narrow < 0.6 * plain
     prompt = model(Plan.from_mesh(tp=2), on).replicas[0].interval(PREFILL).collectives
     wide, row, drawn = (on.all_reduce_s([0, 1], size) for size in (512 * 1024 * 2, 1024 * 2, 16))
     assert prompt == pytest.approx((2 * 7 + 1) * wide + 2 * row + drawn)
+
+
+@pytest.mark.parametrize("bytes_per_s", [1e7, 1e10])
+def test_sums_between_nodes_hide_behind_what_a_wide_step_computes(bytes_per_s: float) -> None:
+    on = replace(cluster(0, 1), between_nodes=Link(3e-5, bytes_per_s))
+    replica = model(Plan.from_mesh(tp=2), on).replicas[0]
+    for tokens in (OVERLAP_ROWS - 1, OVERLAP_ROWS, 512):
+        terms = replica.interval(StepWork(tokens, 1, 1, 0, chunk_pairs(0, tokens)))
+        wide, row, drawn = (on.all_reduce_s([0, 1], size) for size in (tokens * 1024 * 2, 1024 * 2, 16))
+        computed = terms.weights + terms.matmul + terms.attention + terms.overhead
+        left = max(2 * 7 * wide - computed, 0) if tokens >= OVERLAP_ROWS else 2 * 7 * wide
+        assert terms.collectives == pytest.approx(left + wide + 2 * row + drawn)
+
+
+def test_an_int8_wire_carries_sums_between_nodes() -> None:
+    on = replace(cluster(0, 1), between_nodes=Link(3e-5, 1e7))  # so slow that little of them hides
+    plain, narrow = (
+        model(Plan.from_mesh(tp=2), on, replace(BF16, wire=wire)).replicas[0].interval(PREFILL).collectives
+        for wire in ("bfloat16", "int8")
+    )
+    assert narrow < 0.6 * plain
 
 
 def test_activations_between_stages() -> None:

@@ -7,7 +7,7 @@ import torch
 from lepton_dist.kernels.activations import ACTIVATIONS
 from lepton_dist.kernels.cpu.matmul import PanelWeight
 from lepton_dist.kernels.linear import make_weight
-from lepton_dist.model.decoder import DecoderLayer, make_layer
+from lepton_dist.model.decoder_layer import DecoderLayer, make_layer
 from lepton_dist.model.layers import Attention, Linear, Mlp, Norm
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, BLOCK_TOKENS = 96, 6, 2, 32, 160, 16

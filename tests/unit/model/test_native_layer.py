@@ -11,7 +11,7 @@ from torch.nn import functional
 from lepton_dist.engine.batch import RunBatch
 from lepton_dist.engine.kv_cache import CachedAttention, KvCache, KvGeometry, lay_out
 from lepton_dist.kernels.cpu.native import native_library
-from lepton_dist.model.decoder import DecoderLayer, make_layer
+from lepton_dist.model.decoder_layer import DecoderLayer, make_layer
 from lepton_dist.runtime.skeleton import decode_batch, prefill_batch
 from tests.unit.model.layer import BLOCK_TOKENS, HEAD_DIM, HIDDEN, KV_HEADS, layer
 
