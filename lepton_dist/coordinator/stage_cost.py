@@ -182,8 +182,8 @@ class StageCost:
         self._samples_s = cluster.all_reduce_s(self._members, 16) if self._reduces_samples else 0.0
         self._row_bytes = model.shape.hidden * WEIGHT_BYTES[model.dtypes.compute]
         self._wire_row_bytes = model.shape.hidden * WIRE_BYTES[model.dtypes.wire]
-        # An int8 wire carries the sums of layers too, but only between nodes. There wide steps also hide them behind what
-        # is computed; that `engine.overlap` may say no, or be found not to pay, is not in the price.
+        # An int8 wire carries the sums of layers too, but only between nodes. There wide steps also hide them behind
+        # what is computed; that `engine.overlap` may say no, or be found not to pay, is not in the price.
         self._is_far = len({cluster.ranks[rank].node for rank in self._members}) > 1
         is_narrow = model.dtypes.wire == "int8" and self._is_far
         self._sum_row_bytes = self._wire_row_bytes if is_narrow else self._row_bytes
