@@ -49,17 +49,6 @@ int lepton_matmul_int8(const struct matmul_call *c) {
     );
 }
 
-/* A row's largest magnitude. */
-static TARGET float highest_of_row(const void *weights, int64_t kind, int64_t at, int64_t in) {
-    float values[256], highest = 0;
-    for (int64_t k = 0; k < in; k += 256) {
-        const int64_t length = in - k < 256 ? in - k : 256;
-        widen(weights, kind, at + k, length, values);
-        highest = larger(largest_magnitude(values, length), highest);
-    }
-    return highest;
-}
-
 /* 32 values times a factor, rounded to bytes. */
 INLINE TARGET __m256i round_to_32_bytes(const void *weights, int64_t kind, int64_t at, float factor) {
     float values[32];

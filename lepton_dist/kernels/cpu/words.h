@@ -64,18 +64,24 @@ INLINE float *word_scales(const void *block, int64_t in, int64_t count) {
     return (float *)block + (in + 1) / 2 * count;
 }
 
+/* The largest magnitude of the row that begins at index `at`. */
+INLINE TARGET float highest_of_row(const void *from, int64_t kind, int64_t at, int64_t in) {
+    float values[256], highest = 0;
+    for (int64_t k = 0; k < in; k += 256) {
+        const int64_t length = in - k < 256 ? in - k : 256;
+        widen(from, kind, at + k, length, values);
+        highest = larger(largest_magnitude(values, length), highest);
+    }
+    return highest;
+}
+
 /* Rows [from, from + count) of x, the largest of each rounded to `limit` -> [pairs][count][2] words, then their scales. */
 INLINE TARGET void round_to_words(const struct matmul_call *c, int64_t from, int64_t count, void *block, float limit) {
     float *row_scales = word_scales(block, c->in, count), values[256];
     int32_t rounded[256];
     for (int64_t r = 0; r < count; r++) {
         const int64_t at = (from + r) * c->x_stride;
-        float highest = 0;
-        for (int64_t k0 = 0; k0 < c->in; k0 += 256) {
-            const int64_t length = c->in - k0 < 256 ? c->in - k0 : 256;
-            widen(c->x, c->x_kind, at + k0, length, values);
-            highest = larger(largest_magnitude(values, length), highest);
-        }
+        const float highest = highest_of_row(c->x, c->x_kind, at, c->in);
         const float inverse = highest > 0 ? limit / highest : 0;
         row_scales[r] = highest / limit;
         for (int64_t k0 = 0; k0 < c->in; k0 += 256) {
