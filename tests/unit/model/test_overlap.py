@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from lepton_dist.engine.batch import RunBatch
-from lepton_dist.engine.kv_cache import CachedAttention, KvCache, KvGeometry, lay_out
 from lepton_dist.errors import RankLostError
 from lepton_dist.kernels.cpu.native import native_library
 from lepton_dist.model.config import RopeConfig
@@ -21,8 +20,8 @@ from lepton_dist.model.layers import Linear
 from lepton_dist.model.overlap import Overlap
 from lepton_dist.model.rope import RopeTables
 from lepton_dist.plan.crossing import OVERLAP_ROWS
-from tests.unit.model.layer import BLOCK_TOKENS, HEAD_DIM, HIDDEN, KV_HEADS, layer
-from tests.unit.model.test_last_layer import batch_of
+from tests.unit.model.layer import HEAD_DIM, layer
+from tests.unit.model.test_last_layer import batch_of, run_rows
 
 BATCHES = {
     "a prompt": [(0, 150, True, False)],
@@ -55,16 +54,9 @@ def chosen(pays: bool) -> Overlap:
 
 @torch.inference_mode()
 def run(made: Decoder, batch: RunBatch) -> list[torch.Tensor]:
-    """The residual stream and the cache, from inputs that are always the same."""
-    torch.manual_seed(1)
-    cache = KvCache(KvGeometry(len(made.layers), KV_HEADS, HEAD_DIM, BLOCK_TOKENS, torch.float32), 40)
-    arenas = [arena for index in range(len(made.layers)) for arena in cache.arenas(index)]
-    for arena in arenas:
-        arena.normal_()
-    layout = lay_out(batch, BLOCK_TOKENS)
-    attend = CachedAttention(cache, layout.paged(torch.device("cpu")))
-    hidden = torch.randn(batch.num_tokens, HIDDEN)
-    return [made.run_layers(hidden, torch.from_numpy(layout.positions), None, attend), *arenas]
+    """The residual stream and the cache."""
+    hidden, arenas = run_rows(made, batch)
+    return [hidden, *arenas]
 
 
 @pytest.mark.parametrize("parts", BATCHES.values(), ids=BATCHES)
