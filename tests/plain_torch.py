@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
-MODULES = ("linear", "cpu.layer", "cpu.matmul", "cpu.paged", "cpu.pointwise")
+MODULES = ("cpu.layer", "cpu.paged", "cpu.panels", "cpu.pointwise")
 
 
 @contextmanager

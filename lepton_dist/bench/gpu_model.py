@@ -17,7 +17,8 @@ from lepton_dist.comm.transport import Links
 from lepton_dist.coordinator.stage_cost import ModelCost
 from lepton_dist.engine.batch import RunBatch
 from lepton_dist.engine.decode_graphs import DecodeGraphs, bucket_sizes, graph_problem
-from lepton_dist.engine.kv_cache import KvCache, KvGeometry
+from lepton_dist.engine.kv_cache import KvCache
+from lepton_dist.engine.kv_geometry import KvGeometry
 from lepton_dist.engine.runner import BegunStep, StageRunner
 from lepton_dist.errors import LeptonError
 from lepton_dist.model.config import ModelConfig

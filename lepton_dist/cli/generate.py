@@ -6,7 +6,7 @@ import argparse
 
 from lepton_dist.cli.imports import lasting_imports
 from lepton_dist.config.generate import add_generate_options, load_generate_config
-from lepton_dist.runtime.head_start import touch_ahead
+from lepton_dist.runtime.head_start import loading_ahead
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -17,8 +17,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run_command(options: argparse.Namespace) -> int:
     """Raises UsageError before MPI starts when the options themselves are wrong."""
     config = load_generate_config(options.config, vars(options))
-    touch_ahead(config.model, config.plan, config.dtype)
-    with lasting_imports():
-        from lepton_dist.runtime.batch_run import run_batch
-        from lepton_dist.runtime.run import run
-    return run(lambda controller, interrupts: run_batch(controller, interrupts, config))
+    with loading_ahead(config.model, config.plan, config.dtype):
+        with lasting_imports():
+            from lepton_dist.runtime.batch_run import run_batch
+            from lepton_dist.runtime.run import run
+        return run(lambda controller, interrupts: run_batch(controller, interrupts, config))

@@ -9,25 +9,10 @@ import torch
 from numpy.typing import NDArray
 
 from lepton_dist.engine.batch import RunBatch, read_int32, read_spans
+from lepton_dist.engine.kv_geometry import KvGeometry
 from lepton_dist.kernels.attention import PagedBatch, ReadRows, enter_cache, paged_attention
 from lepton_dist.kernels.cpu.memory import fresh_zeros
 from lepton_dist.kernels.upload import upload
-
-
-@dataclass(frozen=True)
-class KvGeometry:
-    """The shape of a rank's cache."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    block_tokens: int
-    dtype: torch.dtype
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block over all the rank's layers, keys and values."""
-        return 2 * self.num_layers * self.block_tokens * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
 class KvCache:

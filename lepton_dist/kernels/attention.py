@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from lepton_dist.kernels.cpu import paged, pointwise
-from lepton_dist.kernels.cpu.native import has_heads_side_by_side
 from lepton_dist.kernels.cpu.paged import PagedTasks
+from lepton_dist.kernels.cpu.tensors import has_heads_side_by_side
 from lepton_dist.kernels.cuda.library import fused_kernels_for
 from lepton_dist.kernels.rope import rotate
 from lepton_dist.kernels.upload import upload

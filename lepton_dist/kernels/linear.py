@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
-from lepton_dist.kernels.cpu.matmul import NativeProduct, PanelWeight, panel_bytes
-from lepton_dist.kernels.cpu.native import VectorLevel, native_library, vector_level
+from lepton_dist.kernels.cpu.matmul import NativeProduct, PanelWeight
+from lepton_dist.kernels.cpu.panels import panel_kind
 from lepton_dist.kernels.quantized import RoundedWeight
 from lepton_dist.plan.precision import QUANTIZED
 
@@ -64,25 +64,12 @@ class PackedWeight:
         return product.to(dtype or x.dtype)
 
 
-def panel_kind(dtype: torch.dtype, device: torch.device, kind: str | None = None) -> str | None:
-    """The kind of panels that a float matrix is held as where `kind` is asked for; None for another form."""
-    if device.type != "cpu" or native_library() is None:
-        return None
-    if kind is not None and kind in QUANTIZED:
-        return kind
-    # oneDNN's product is the faster on matrix instructions, and where AVX-512 lacks those of BF16; below AVX-512 it
-    # is a reference loop.
-    has_dot_products = vector_level() == VectorLevel.AVX512 and not torch.cpu._is_amx_tile_supported()
-    is_ours = dtype == torch.bfloat16 and (has_dot_products or not torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return "bfloat16" if is_ours else None
-
-
 def make_weight(weight: torch.Tensor, kind: str | None = None) -> Weight:
     """The fastest form that this device has for a float matrix [out, in].
 
     `kind` names its dtype (by default its own), or one of `QUANTIZED`, to which it is rounded.
     """
-    panels = panel_kind(weight.dtype, weight.device, kind)
+    panels = panel_kind(str(weight.dtype).removeprefix("torch."), kind) if weight.is_cpu else None
     if panels is not None:
         return PanelWeight.of(weight, panels)
     if kind is not None and kind in QUANTIZED:
@@ -90,11 +77,3 @@ def make_weight(weight: torch.Tensor, kind: str | None = None) -> Weight:
     if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return PackedWeight(weight)
     return DenseWeight(weight)
-
-
-def matrix_bytes(kind: str, out_features: int, in_features: int) -> int:
-    """Bytes of a matrix [out, in] of a kind."""
-    if kind in QUANTIZED:
-        return panel_bytes(kind, out_features, in_features)
-    dtype: torch.dtype = getattr(torch, kind)
-    return out_features * in_features * dtype.itemsize

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from lepton_dist.plan.axes import ModelShape
 
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
 
 @dataclass(frozen=True)
 class RopeConfig:

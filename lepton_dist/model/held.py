@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lepton_dist.kernels.cpu.matmul import PanelWeight
-from lepton_dist.kernels.linear import Weight, make_weight, panel_kind
+from lepton_dist.kernels.linear import Weight, make_weight
 from lepton_dist.model.parameters import is_factor, matrix_kind
 
 
@@ -25,16 +24,6 @@ class HeldParameters:
             self.matrices[name] = make_weight(tensor, matrix_kind(name, self.weights))
         else:
             self.tensors[name] = tensor
-
-    def by_rows(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> PanelWeight | None:
-        """Hold a matrix whose rows are packed as they come; None, and nothing is held, for what must be whole first."""
-        kind = panel_kind(dtype, device, matrix_kind(name, self.weights)) if is_factor(name, len(shape)) else None
-        if kind is None:
-            return None
-        self.matrices[name] = panels = PanelWeight(shape[0], shape[1], kind)
-        return panels
 
     def tied_head(self) -> Weight:
         """The head that is the embedding's matrix, which the embedding keeps."""

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from lepton_dist.comm.wait import sleep_at_once
-from lepton_dist.kernels.cpu.native import work_alone
+from lepton_dist.kernels.cpu.tensors import work_alone
 from lepton_dist.model.decoder_layer import DecoderLayer
 from lepton_dist.model.layers import Angles, Attend, Linear
 from lepton_dist.plan.crossing import OVERLAP_ROWS

@@ -13,8 +13,6 @@ import torch
 from lepton_dist.errors import CheckpointError
 from lepton_dist.model.config import RopeConfig
 
-KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-
 
 class RopeTables:
     """cos and sin for every position: float32 [positions, dim / 2], and a second pair for long contexts (longrope)."""

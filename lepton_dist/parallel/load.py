@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
+from contextlib import closing
 
 import torch
 
 from lepton_dist.comm.group import Group
 from lepton_dist.comm.world import World
-from lepton_dist.kernels.cpu.matmul import PanelWeight, panel_rows
-from lepton_dist.kernels.cpu.memory import fresh_zeros, lasting_zeros
+from lepton_dist.kernels.cpu.matmul import PanelWeight
+from lepton_dist.kernels.cpu.memory import fresh_zeros
 from lepton_dist.model.held import HeldParameters
-from lepton_dist.model.parameters import ParameterTable, is_factor
+from lepton_dist.model.parameters import ParameterTable
+from lepton_dist.parallel.packing import PackedMatrix, Packing, packed_matrices
 from lepton_dist.parallel.requirements import Need, is_norm, seat_needs
 from lepton_dist.plan.axes import Span
-from lepton_dist.plan.placement import Seat
+from lepton_dist.plan.placement import Seat, has_replicas
+from lepton_dist.plan.precision import Dtypes
 from lepton_dist.storage.distribution import Piece, Rectangle, cut_pieces
 from lepton_dist.storage.index import CheckpointIndex
 from lepton_dist.storage.slices import SliceReader
 
 _CPU = torch.device("cpu")
-_PIECE_BYTES = 1 << 20  # read and packed at once by a thread: a piece that is still in its cache when it is packed
 
 
 class _Arriving:
@@ -60,24 +61,10 @@ class _Arriving:
         if self._missing[need.parameter] == 0:
             self._held.take(need.parameter, self._tensors.pop(need.parameter))
 
-    def panels(self, needs: Sequence[Need], index: CheckpointIndex) -> PanelWeight | None:
-        """Panels for a parameter whose rows can be packed as they are read; None for one that has to be whole first."""
-        name = needs[0].parameter
-        shape = self._shapes[name]
-        if len(shape) < 2 or not all(self._is_of_whole_rows(need, index) for need in needs):
-            return None
-        return self._held.by_rows(name, shape, self._dtype, self._device)
-
-    def _is_of_whole_rows(self, need: Need, index: CheckpointIndex) -> bool:
-        """Whether a need fills whole rows of its parameter, as they are stored, from the first of a panel on."""
-        is_wide = need.columns == Span(0, self._shapes[need.parameter][1]) and not need.transposed
-        is_as_stored = index[need.rectangle.source].dtype == self._dtype
-        return is_wide and is_as_stored and need.rows.start % panel_rows() == 0
-
     def _empty(self, name: str) -> torch.Tensor:
         dtype, shape = torch.float32 if is_norm(name) else self._dtype, self._shapes[name]
         if self._device.type == "cpu":
-            return (fresh_zeros if is_factor(name, len(shape)) else lasting_zeros)(shape, dtype)
+            return fresh_zeros(shape, dtype)
         return torch.empty(shape, dtype=dtype, device=self._device)
 
 
@@ -86,35 +73,41 @@ def load_seat(
     index: CheckpointIndex,
     table: ParameterTable,
     seats: Mapping[int, Seat],
-    dtype: torch.dtype,
-    held: HeldParameters,
+    dtypes: Dtypes,
     device: torch.device = _CPU,
-) -> None:
-    """Load this rank's parameters into `held`, straight to its `device`, norms in float32, the rest in `dtype`.
+    begun: Packing | None = None,
+) -> HeldParameters:
+    """Load this rank's parameters, straight to its `device`, norms in float32, the rest as the plan says.
 
     Collective over all the ranks of the plan. Peak memory is what is held, bounded read buffers, and where rows cannot
-    be packed as they come a parameter, or with replicas a few and one piece that is passed on.
+    be packed as they come a parameter, or with replicas a few and one piece that is passed on. Of what was `begun`
+    already use is made if it is what this seat needs.
 
     Raises:
         CheckpointError: a weight file ends early or cannot be read.
     """
-    seat = seats[world.rank]
-    arriving = _Arriving(table, seat, dtype, device, held)
-    mine = list(seat_needs(table, seat))
-    has_replicas = any(other.replica != seat.replica for other in seats.values())
-    with SliceReader(torch.get_num_threads()) as reader:
-        if has_replicas:
+    seat, held, threads = seats[world.rank], HeldParameters(dtypes.weights), torch.get_num_threads()
+    arriving = _Arriving(table, seat, getattr(torch, dtypes.compute), device, held)
+    is_shared, mine = has_replicas(seats), list(seat_needs(table, seat))
+    packed = packed_matrices(index, table, seat, dtypes) if device.type == "cpu" and not is_shared else ()
+    with closing(_take_up(begun, packed)) as packing, SliceReader(threads) as reader:
+        if is_shared:
             needs = {rank: [need.rectangle for need in seat_needs(table, other)] for rank, other in seats.items()}
             _load_shared(world, index, arriving, mine, cut_pieces(needs), reader)
-            return
-        for _, group in groupby(mine, key=lambda need: need.parameter):
-            parts = list(group)
-            panels = arriving.panels(parts, index)
-            if panels is None:
-                _load_whole(arriving, parts, index, reader)
-            else:
-                for need in parts:
-                    _pack_rows(panels, need, index, reader)
+        else:
+            by_rows = {one.name for one in packed}
+            _load_whole(arriving, [need for need in mine if need.parameter not in by_rows], index, reader)
+        held.matrices.update((name, PanelWeight(panels)) for name, panels in packing.finish(threads).items())
+    return held
+
+
+def _take_up(begun: Packing | None, packed: Sequence[PackedMatrix]) -> Packing:
+    """What was begun if it is what is wanted, or a new beginning."""
+    if begun is not None and begun.matrices == packed:
+        return begun
+    if begun is not None:
+        begun.close()
+    return Packing(packed)
 
 
 def _load_whole(arriving: _Arriving, needs: Sequence[Need], index: CheckpointIndex, reader: SliceReader) -> None:
@@ -125,14 +118,6 @@ def _load_whole(arriving: _Arriving, needs: Sequence[Need], index: CheckpointInd
         target = arriving.target(need, rectangle)
         reader.read(index[rectangle.source], rectangle.rows, rectangle.columns, target)
         arriving.filled(need)
-
-
-def _pack_rows(panels: PanelWeight, need: Need, index: CheckpointIndex, reader: SliceReader) -> None:
-    stored, rectangle, first = index[need.rectangle.source], need.rectangle, need.rows.start
-    assert rectangle.columns is not None  # of a matrix
-    of_panel = stored.shape[1] * stored.dtype.itemsize * panels.panel_rows
-    step = max(1, _PIECE_BYTES // of_panel) * panels.panel_rows
-    reader.read_rows(stored, rectangle.rows, rectangle.columns, step, lambda row, rows: panels.pack(first + row, rows))
 
 
 def _inside(part: Span, whole: Span) -> slice:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from math import prod
 
 from lepton_dist.errors import CheckpointError
-from lepton_dist.kernels.linear import matrix_bytes
+from lepton_dist.kernels.cpu.panels import matrix_bytes
 from lepton_dist.model.config import ModelConfig
 from lepton_dist.model.family import Family
 from lepton_dist.model.parameters import Parameter, ParameterTable, Part, is_factor, local_spans, matrix_kind
 from lepton_dist.plan.axes import Axis, Span, span_size
 from lepton_dist.plan.placement import Seat
-from lepton_dist.plan.precision import QUANTIZED, Dtypes
+from lepton_dist.plan.precision import FLOAT_BYTES, QUANTIZED, Dtypes
 from lepton_dist.storage.distribution import Rectangle
 from lepton_dist.storage.index import CheckpointIndex
 
@@ -51,7 +51,7 @@ def _check(index: CheckpointIndex, part: Part) -> None:
             f"{stored.file}: {part.tensor!r} has the shape {list(stored.shape)}, "
             f"config.json asks for {list(part.stored_shape)}"
         )
-    if not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
+    if stored.dtype not in ("float64", *FLOAT_BYTES):
         raise CheckpointError(
             f"{stored.file}: {part.tensor!r} is {stored.dtype}: float32, bfloat16 or float16 is needed"
         )

@@ -40,3 +40,8 @@ def _stage_seats(r: int, s: int, replica: Replica, stage: Stage, shape: ModelSha
         Seat(rank, r, s, index, stage.layer_range, spans[index], s == 0, is_last)
         for index, rank in enumerate(stage.ranks)
     ]
+
+
+def has_replicas(of: Mapping[int, Seat]) -> bool:
+    """Whether weights are held more than once, by seats of different replicas."""
+    return len({seat.replica for seat in of.values()}) > 1

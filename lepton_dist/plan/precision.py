@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from lepton_dist.plan.plan import Precision
 
+FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a number, by the dtypes that a model may be in."""
+
 INT4_GROUPS = {"int4": 32, "int4-64": 64, "int4-128": 128}
 """Neighbouring inputs that share a scale, by kind of 4-bit weights."""
 

@@ -1,14 +1,13 @@
-"""What a model directory and a plan say of every rank, before any rank does anything."""
+"""What a model directory and a plan say of every rank, before any rank does anything. Without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
-
-from lepton_dist.engine.kv_cache import KvGeometry
+from lepton_dist.engine.kv_geometry import KvGeometry
 from lepton_dist.model.config import ModelConfig
 from lepton_dist.model.parameters import ParameterTable
 from lepton_dist.model.registry import read_model
@@ -16,6 +15,9 @@ from lepton_dist.parallel.requirements import kv_heads_of, parameter_table
 from lepton_dist.plan.placement import Seat, seats
 from lepton_dist.plan.plan import EngineLimits, Plan
 from lepton_dist.storage.index import CheckpointIndex
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from lepton_dist.engine.kv_cache import KvGeometry
+from lepton_dist.engine.kv_geometry import KvGeometry
 from lepton_dist.errors import ConfigError
 from lepton_dist.parallel.requirements import weight_bytes
 from lepton_dist.plan.placement import Seat

@@ -9,7 +9,8 @@ import torch
 from lepton_dist.comm.devices import Devices
 from lepton_dist.config.sampling import SamplingParams
 from lepton_dist.engine.batch import RunBatch, make_batch
-from lepton_dist.engine.kv_cache import KvCache, KvGeometry
+from lepton_dist.engine.kv_cache import KvCache
+from lepton_dist.engine.kv_geometry import KvGeometry
 from lepton_dist.engine.request import Request, Sequence
 from lepton_dist.engine.runner import StageRunner
 from lepton_dist.engine.scheduler import Chunk

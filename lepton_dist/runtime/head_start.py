@@ -1,56 +1,87 @@
-"""What can begin while torch is still being imported: the memory for this rank's weights is touched. Without torch."""
+"""What can begin while torch is still being imported: this rank's matrices are read and packed. Without torch."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 
-from lepton_dist.comm.launcher import read_launcher
+from lepton_dist.comm.launcher import Launcher, read_launcher
 from lepton_dist.config.machine import available_bytes
 from lepton_dist.errors import LeptonError
-from lepton_dist.kernels.cpu.reserve import reserve
-from lepton_dist.model.fields import ConfigFields
+from lepton_dist.parallel.packing import PackedMatrix, Packing, packed_matrices
 from lepton_dist.plan.document import load_plan
+from lepton_dist.plan.placement import has_replicas
 from lepton_dist.plan.plan import Plan
-from lepton_dist.plan.precision import INT4_GROUPS, decide_dtypes
+from lepton_dist.plan.precision import decide_dtypes
+from lepton_dist.runtime.blueprint import Blueprint
 
-_STORED_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_HELD_BYTES = {"bfloat16": 2.0, "int8": 1.0, **{kind: 0.5 + 2 / group for kind, group in INT4_GROUPS.items()}}
-"""Of a weight, by the kinds that are packed."""
-_MOST = 0.5  # of the memory that this rank may use: a guess must not be what it lacks
+_MOST = 0.5  # of the memory that this rank may use: nobody has checked yet that weights and KV cache fit
 
 
-def touch_ahead(model: str, plan_path: str | None, dtype: str | None) -> None:
-    """Touch about as much memory as this rank's weights will take.
+class HeadStart:
+    """What was begun, until somebody takes it."""
 
-    A guess, for which nothing is checked: what is wrong with the model or the plan is found and told by those who read
-    them; what is too much is given back when the weights are there.
-    """
-    launcher = read_launcher()
-    if launcher.size == 0 or find_spec("lepton_dist.kernels.cpu._native") is None:
-        return
+    def __init__(self) -> None:
+        self._packing: Packing | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that weights take already."""
+        return 0 if self._packing is None else self._packing.held_bytes
+
+    def begin(self, model: str, plan_path: str | None, dtype: str | None) -> None:
+        """Begin to load what this rank will hold, as far as that can be told without the other ranks.
+
+        Nothing is checked for others: what is wrong with the model or the plan is found and told by those who load it.
+        """
+        launcher = read_launcher()
+        try:
+            matrices = _matrices(model, plan_path, dtype, launcher)
+            most = _MOST * available_bytes(max(launcher.local_size, 1))
+            if matrices and sum(one.num_bytes for one in matrices) <= most:
+                self._packing = Packing(matrices)
+                self._packing.begin()
+        except (LeptonError, OSError):
+            return
+
+    def take(self) -> Packing | None:
+        """What was begun, once; close it."""
+        packing, self._packing = self._packing, None
+        return packing
+
+    def close(self) -> None:
+        """Stop what nobody took."""
+        packing = self.take()
+        if packing is not None:
+            packing.close()
+
+
+@cache
+def head_start() -> HeadStart:
+    """That of this process; empty until something is begun."""
+    return HeadStart()
+
+
+@contextmanager
+def loading_ahead(model: str, plan_path: str | None, dtype: str | None) -> Iterator[None]:
+    """Begin to load; at the end nothing of it goes on."""
+    head_start().begin(model, plan_path, dtype)
     try:
-        plan = load_plan(plan_path) if plan_path is not None else Plan()
-        wanted = _share_bytes(Path(model), plan, dtype, launcher.rank, launcher.size)
-    except (LeptonError, OSError):
-        return
-    reserve().begin(min(wanted, int(_MOST * available_bytes(max(launcher.local_size, 1)))))
+        yield
+    finally:
+        head_start().close()
 
 
-def _share_bytes(model: Path, plan: Plan, dtype: str | None, rank: int, size: int) -> int:
-    """A rank's part of the weights, if they are packed; 0 where the plan is yet to be found, or has GPUs."""
-    if plan.is_auto or plan.device != "cpu" or plan.wants_gpus:
-        return 0
-    stored = ConfigFields.read(model).dtype()
-    kind = decide_dtypes(plan.precision, dtype, stored).weights
-    held = sum(file.stat().st_size for file in model.glob("*.safetensors")) / _STORED_BYTES[stored]
-    return int(held * _HELD_BYTES.get(kind, 0.0) * _share(plan, rank, size))
-
-
-def _share(plan: Plan, rank: int, size: int) -> float:
-    """A rank's part of a model, as if its replica's ranks held equal ones."""
-    if plan.mesh is not None:
-        return 1 / (plan.mesh.pp * plan.mesh.tp)
-    if not plan.replicas:
-        return 1 / size
-    return next((1 / len(replica.ranks) for replica in plan.replicas if rank in replica.ranks), 0.0)
+def _matrices(model: str, plan_path: str | None, dtype: str | None, launcher: Launcher) -> tuple[PackedMatrix, ...]:
+    """What this rank packs; nothing where only the ranks together can tell, or where GPUs or replicas take part."""
+    plan = load_plan(plan_path) if plan_path is not None else Plan.default([0] * launcher.size)
+    is_open = plan_path is None and launcher.size != max(launcher.local_size, 1)  # which ranks share a node
+    if launcher.size == 0 or plan.is_auto or is_open:
+        return ()
+    blueprint = Blueprint.draw(model, plan, launcher.size)
+    seat = blueprint.seats.get(launcher.rank)
+    if seat is None or blueprint.plan.wants_gpus or has_replicas(blueprint.seats):
+        return ()
+    dtypes = decide_dtypes(plan.precision, dtype, blueprint.config.dtype)
+    return packed_matrices(blueprint.index, blueprint.table, seat, dtypes)

@@ -18,9 +18,6 @@ from lepton_dist.engine.decode_graphs import DecodeGraphs, bucket_sizes, graph_p
 from lepton_dist.engine.kv_cache import KvCache
 from lepton_dist.engine.runner import StageRunner
 from lepton_dist.errors import LeptonError
-from lepton_dist.kernels.cpu.reserve import reserve
-from lepton_dist.kernels.linear import panel_kind
-from lepton_dist.model.held import HeldParameters
 from lepton_dist.parallel.load import load_seat
 from lepton_dist.parallel.requirements import weight_bytes
 from lepton_dist.parallel.stage import ParallelStage, StageLink, build_stage, open_hops, stage_group
@@ -32,6 +29,7 @@ from lepton_dist.plan.precision import Dtypes
 from lepton_dist.runtime.blueprint import Blueprint
 from lepton_dist.runtime.fitting import blocks_left, fitting_blocks
 from lepton_dist.runtime.gpu_memory import Rehearsed, free_bytes, kv_room_bytes, rehearse
+from lepton_dist.runtime.head_start import head_start
 from lepton_dist.runtime.messages import OpenSession, SessionReady
 
 
@@ -115,13 +113,9 @@ class _Opening:
     def stage(self) -> ParallelStage:
         """Load the shard and open the groups."""
         blueprint, seat, world, device = self._blueprint, self._seat, self._world, self._devices.device
-        compute: torch.dtype = getattr(torch, self._dtypes.compute)
         with self._told_of_memory("its weights"):
-            held = HeldParameters(self._dtypes.weights)
-            if panel_kind(compute, device, self._dtypes.weights) is None:
-                reserve().close()  # what was touched ahead is of no use to other forms of weights
-            load_seat(world, blueprint.index, blueprint.table, blueprint.seats, compute, held, device)
-            reserve().close()
+            begun = head_start().take()
+            held = load_seat(world, blueprint.index, blueprint.table, blueprint.seats, self._dtypes, device, begun)
         groups = open_hops(world, self.replica, seat, self._devices)
         link = StageLink(seat, groups, blueprint.config.shape.hidden, getattr(torch, self._dtypes.wire), device)
         tp = self._devices.serve(stage_group(world, self.replica, seat, "tp"))
@@ -192,7 +186,7 @@ def _meet_machines(world: World, asked: int, *, looks_for_gpus: bool) -> _Machin
     """
     mask = affinity_mask()
     sight = pack_sight(see_gpus() if looks_for_gpus else Sight())
-    room = available_bytes(world.nodes.count(world.nodes[world.rank])) + reserve().touched_bytes
+    room = available_bytes(world.nodes.count(world.nodes[world.rank])) + head_start().held_bytes
     mine = [room, *mask, *sight]
     everyone = world.group(range(world.size), "machines")
     rows = everyone.all_gather(torch.tensor(mine)).tolist()

@@ -13,7 +13,8 @@ from lepton_dist.comm.group import Group
 from lepton_dist.config.sampling import SamplingParams
 from lepton_dist.engine.batch import RunBatch, make_batch
 from lepton_dist.engine.engine import Engine, Scanner
-from lepton_dist.engine.kv_cache import CachedAttention, KvCache, KvGeometry, lay_out
+from lepton_dist.engine.kv_cache import CachedAttention, KvCache, lay_out
+from lepton_dist.engine.kv_geometry import KvGeometry
 from lepton_dist.engine.request import Request, Sequence
 from lepton_dist.engine.runner import StageRunner, StepResult
 from lepton_dist.engine.scheduler import Chunk

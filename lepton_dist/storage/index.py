@@ -1,4 +1,4 @@
-"""The index of a sharded safetensors checkpoint, built from the headers alone.
+"""The index of a sharded safetensors checkpoint, built from the headers alone. Without torch.
 
 Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header length, JSON header, data).
 """
@@ -11,24 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lepton_dist.errors import CheckpointError
 
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+DTYPES: Mapping[str, tuple[str, int]] = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
+"""Torch's names of the dtypes of safetensors, and the bytes of a number."""
 _MAX_HEADER_BYTES = 100_000_000
 _INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
@@ -36,11 +35,12 @@ _SINGLE_NAME = "model.safetensors"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: ``offset`` is from the start of the file, in bytes."""
+    """Where a tensor lies: ``offset`` is from the start of the file, in bytes. `dtype` is torch's name."""
 
     name: str
     file: Path
-    dtype: torch.dtype
+    dtype: str
+    itemsize: int
     shape: tuple[int, ...]
     offset: int
     num_bytes: int
@@ -132,7 +132,7 @@ def _read_header(file: Path) -> list[StoredTensor]:
 
 def _entry(file: Path, size: int, start: int, name: str, value: Any) -> StoredTensor:
     try:
-        dtype = TORCH_DTYPES[value["dtype"]]
+        dtype, itemsize = DTYPES[value["dtype"]]
         shape = tuple(int(extent) for extent in value["shape"])
         begin, end = (int(offset) for offset in value["data_offsets"])
     except (KeyError, TypeError, ValueError, OverflowError):
@@ -140,11 +140,10 @@ def _entry(file: Path, size: int, start: int, name: str, value: Any) -> StoredTe
     count = 1
     for extent in shape:
         count *= extent
-    if begin < 0 or any(extent < 0 for extent in shape) or end - begin != count * dtype.itemsize:
+    if begin < 0 or any(extent < 0 for extent in shape) or end - begin != count * itemsize:
         raise CheckpointError(
-            f"{file}: {name!r} of shape {list(shape)} needs {count * dtype.itemsize} bytes, "
-            f"its header says {end - begin}"
+            f"{file}: {name!r} of shape {list(shape)} needs {count * itemsize} bytes, its header says {end - begin}"
         )
     if start + end > size:
         raise CheckpointError(f"{file}: is truncated: {name!r} ends at byte {start + end}, the file has {size}")
-    return StoredTensor(name, file, dtype, shape, start + begin, end - begin)
+    return StoredTensor(name, file, dtype, itemsize, shape, start + begin, end - begin)

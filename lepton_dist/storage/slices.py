@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import local
 from types import TracebackType
 
 import numpy as np
@@ -31,7 +30,6 @@ class SliceReader:
         self._files: dict[Path, int] = {}
         self._pool = ThreadPoolExecutor(threads, "lepton-read")
         self._buffer = np.empty(0, dtype=np.uint8)
-        self._own = local()
         self.bytes_read = 0
 
     def __enter__(self) -> SliceReader:
@@ -54,10 +52,10 @@ class SliceReader:
             CheckpointError: the file ends early or cannot be read.
         """
         width = stored.shape[1] if len(stored.shape) > 1 else 1
-        row_bytes = width * stored.dtype.itemsize
+        row_bytes, dtype = width * stored.itemsize, getattr(torch, stored.dtype)
         is_whole = columns is None or (columns.start == 0 and columns.stop == width)
         offset = stored.offset + rows.start * row_bytes
-        if is_whole and target.is_cpu and target.dtype == stored.dtype and target.is_contiguous():
+        if is_whole and target.is_cpu and target.dtype == dtype and target.is_contiguous():
             self._fill(stored, offset, target.view(-1).view(torch.uint8).numpy())
             return
         step = max(1, _BUFFER_BYTES // row_bytes)
@@ -68,39 +66,11 @@ class SliceReader:
             count = min(step, rows.size - first)
             chunk = self._buffer[: count * row_bytes]
             self._fill(stored, offset + first * row_bytes, chunk)
-            values = torch.from_numpy(chunk).view(stored.dtype)
+            values = torch.from_numpy(chunk).view(dtype)
             if len(stored.shape) > 1:
                 values = values.view(count, width)
                 values = values if columns is None else values[:, columns.start : columns.stop]
             target[first : first + count].copy_(values)
-
-    def read_rows(
-        self, stored: StoredTensor, rows: Span, columns: Span, step: int, use: Callable[[int, torch.Tensor], None]
-    ) -> None:
-        """Hand ``stored[rows, columns]`` to `use` piece by piece: the number of its first row among `rows`, and a piece
-        [up to `step`, columns] in the stored dtype, contiguous, there for the call only. Several threads call at once.
-
-        What is read is still in a core's cache when it is used, and takes no memory of its own.
-
-        Raises:
-            CheckpointError: the file ends early or cannot be read.
-        """
-        width = stored.shape[1]
-        row_bytes = width * stored.dtype.itemsize
-        kept = slice(columns.start * stored.dtype.itemsize, columns.stop * stored.dtype.itemsize)
-        descriptor = self._descriptor(stored)
-
-        def piece(first: int) -> int:
-            count = min(step, rows.size - first)
-            chunk = self._own_buffer(step * row_bytes)[: count * row_bytes]
-            missing = _fetch(descriptor, chunk, stored.offset + (rows.start + first) * row_bytes)
-            if not missing:
-                part = np.ascontiguousarray(chunk.reshape(count, row_bytes)[:, kept])
-                use(first, torch.from_numpy(part).view(stored.dtype))
-            return missing
-
-        self._together(stored, piece, range(0, rows.size, step))
-        self.bytes_read += rows.size * row_bytes
 
     def _fill(self, stored: StoredTensor, offset: int, target: NDArray[np.uint8]) -> None:
         descriptor = self._descriptor(stored)
@@ -127,13 +97,6 @@ class SliceReader:
             except OSError as error:
                 raise CheckpointError(f"{stored.file}: cannot be read: {error.strerror}") from None
         return self._files[stored.file]
-
-    def _own_buffer(self, num_bytes: int) -> NDArray[np.uint8]:
-        """This thread's own, kept from one piece to the next."""
-        buffer: NDArray[np.uint8] | None = getattr(self._own, "buffer", None)
-        if buffer is None or buffer.nbytes < num_bytes:
-            buffer = self._own.buffer = np.empty(num_bytes, dtype=np.uint8)
-        return buffer
 
 
 def _fetch(descriptor: int, target: NDArray[np.uint8], offset: int) -> int:

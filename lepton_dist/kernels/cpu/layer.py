@@ -9,9 +9,10 @@ from typing import Protocol
 import torch
 
 from lepton_dist.kernels.cpu.matmul import NativeProduct
-from lepton_dist.kernels.cpu.native import KINDS, native_library
+from lepton_dist.kernels.cpu.native import native_library
 from lepton_dist.kernels.cpu.paged import PagedTasks, can_attend_with
 from lepton_dist.kernels.cpu.pointwise import MAX_HALF
+from lepton_dist.kernels.cpu.tensors import KINDS
 
 PRODUCTS = ("qkv", "output", "up", "down")
 """The matmuls of a layer."""

@@ -2,6 +2,7 @@
 #ifndef LEPTON_MATMUL_H
 #define LEPTON_MATMUL_H
 
+#include "panels.h"
 #include "vector.h"
 
 #ifndef PANEL            /* output features that a kernel computes together: two vectors of floats */

@@ -69,20 +69,24 @@ static TARGET void pack_pairs(const uint16_t *weights, int64_t in, int64_t k, ui
     }
 }
 
-/* weights bfloat16 [out, in], rows contiguous -> panels of num_panels(out) * pairs * 32 words of 32 bits. */
-void lepton_pack_bf16_512(const uint16_t *weights, int64_t out, int64_t in, uint32_t *panels, int64_t threads) {
-    const int64_t pairs = up_to(in, 2) / 2;
+/* To panels of ceil(in / 2) * 32 words of 32 bits. */
+void lepton_pack_bf16_512(
+    const struct panels *to, const void *rows, int64_t kind, int64_t first, int64_t count, int64_t threads
+) {
+    const int64_t in = to->in, pairs = up_to(in, 2) / 2;
+    const uint16_t *weights = rows;
+    (void)kind;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t p = 0; p < num_panels(out); p++) {
-        uint32_t *panel = panels + p * pairs * PANEL;
+    for (int64_t p = 0; p < num_panels(count); p++) {
+        uint32_t *panel = (uint32_t *)to->bytes + (first + p * PANEL) * pairs;
         int64_t k = 0;
-        if ((p + 1) * PANEL <= out)
+        if ((p + 1) * PANEL <= count)
             for (; 2 * k + 16 <= in; k += 8) pack_pairs(weights + p * PANEL * in, in, k, panel);
         for (; k < pairs; k++)
             for (int64_t i = 0; i < PANEL; i++) {
                 const int64_t row = p * PANEL + i;
                 uint32_t pair = 0;
-                if (row < out) memcpy(&pair, weights + row * in + 2 * k, 2 * k + 1 < in ? 4 : 2);
+                if (row < count) memcpy(&pair, weights + row * in + 2 * k, 2 * k + 1 < in ? 4 : 2);
                 panel[k * PANEL + i] = pair;
             }
     }

@@ -189,20 +189,20 @@ static TARGET_512 void pack_group(const void *weights, int64_t kind, int64_t at,
     }
 }
 
-/* weights [out, in] of the kind (0 float32, 1 bfloat16) -> panels of num_panels(out) * ceil(in / group) * (group * 16 + 64)
-   bytes. */
+/* To panels of ceil(in / group) * (group * 16 + 64) bytes. */
 void lepton_pack_int4_512(
-    const void *weights, int64_t kind, int64_t out, int64_t in, int64_t group, uint8_t *panels, int64_t threads
+    const struct panels *to, const void *rows, int64_t kind, int64_t first, int64_t count, int64_t threads
 ) {
-    const int64_t groups = (in + group - 1) / group;
+    const int64_t in = to->in, group = to->group, groups = (in + group - 1) / group;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t p = 0; p < num_panels(out); p++)
+    for (int64_t p = 0; p < num_panels(count); p++)
         for (int64_t i = 0; i < PANEL; i++) {
             const int64_t row = p * PANEL + i;
-            for (int64_t g = 0; g < groups; g++) {
-                uint8_t *to = panels + (p * groups + g) * group_bytes(group);
-                pack_group(weights, kind, row * in + g * group, row < out ? in - g * group : 0, group, to, i);
-            }
+            uint8_t *panel = (uint8_t *)to->bytes + (first / PANEL + p) * groups * group_bytes(group);
+            for (int64_t g = 0; g < groups; g++)
+                pack_group(
+                    rows, kind, row * in + g * group, row < count ? in - g * group : 0, group, panel + g * group_bytes(group), i
+                );
         }
 }
 #endif

@@ -62,17 +62,17 @@ static TARGET_512 float pack_row(const void *weights, int64_t kind, int64_t at, 
     return highest / 127.0f;
 }
 
-/* weights [out, in] of the kind (0 float32, 1 bfloat16) -> panels of num_panels(out) * in * 32 bytes, `in` rounded up to 4,
-   and scales float32 [num_panels(out) * 32]: round to nearest, the largest of each row to 127. */
+/* To panels of `in`, rounded up to 4, times 32 bytes, and scales: round to nearest, the largest of each row to 127. */
 void lepton_pack_int8_512(
-    const void *weights, int64_t kind, int64_t out, int64_t in, uint8_t *panels, float *scales, int64_t threads
+    const struct panels *to, const void *rows, int64_t kind, int64_t first, int64_t count, int64_t threads
 ) {
+    const int64_t in = to->in;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t p = 0; p < num_panels(out); p++)
+    for (int64_t p = 0; p < num_panels(count); p++)
         for (int64_t i = 0; i < PANEL; i++) {
             const int64_t row = p * PANEL + i;
-            uint8_t *to = panels + p * up_to(in, 4) * PANEL + i * 4;
-            scales[row] = pack_row(weights, kind, row < out ? row * in : -1, in, to);
+            uint8_t *panel = (uint8_t *)to->bytes + (first + p * PANEL) * up_to(in, 4);
+            to->scales[first + row] = pack_row(rows, kind, row < count ? row * in : -1, in, panel + i * 4);
         }
 }
 #endif

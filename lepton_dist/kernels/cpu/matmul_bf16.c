@@ -95,21 +95,26 @@ static TARGET void pack_square(const uint16_t *const *rows, int64_t k, uint16_t 
     UNROLL for (int i = 0; i < 8; i++) _mm256_storeu_si256((__m256i *)(to + i * PANEL), words[i]);
 }
 
-/* weights bfloat16 [out, in], rows contiguous -> panels of num_panels(out) * in * 16 words of 16 bits. */
-void lepton_pack_bf16(const uint16_t *weights, int64_t out, int64_t in, uint16_t *panels, int64_t threads) {
+/* To panels of [in][16] words of 16 bits. */
+void lepton_pack_bf16(
+    const struct panels *to, const void *rows, int64_t kind, int64_t first, int64_t count, int64_t threads
+) {
+    const int64_t in = to->in;
+    const uint16_t *weights = rows;
+    (void)kind;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t p = 0; p < num_panels(out); p++) {
-        uint16_t *panel = panels + p * in * PANEL;
-        const uint16_t *rows[PANEL];
+    for (int64_t p = 0; p < num_panels(count); p++) {
+        uint16_t *panel = (uint16_t *)to->bytes + (first + p * PANEL) * in;
+        const uint16_t *of_panel[PANEL];
         int64_t k = 0;
-        if (p * PANEL + PANEL <= out) {
-            for (int i = 0; i < PANEL; i++) rows[i] = weights + (p * PANEL + i) * in;
-            for (; k + 8 <= in; k += 8) pack_square(rows, k, panel + k * PANEL);
+        if (p * PANEL + PANEL <= count) {
+            for (int i = 0; i < PANEL; i++) of_panel[i] = weights + (p * PANEL + i) * in;
+            for (; k + 8 <= in; k += 8) pack_square(of_panel, k, panel + k * PANEL);
         }
         for (; k < in; k++)
             for (int64_t i = 0; i < PANEL; i++) {
                 const int64_t row = p * PANEL + i;
-                panel[k * PANEL + (i % 8) * 2 + i / 8] = row < out ? weights[row * in + k] : 0;
+                panel[k * PANEL + (i % 8) * 2 + i / 8] = row < count ? weights[row * in + k] : 0;
             }
     }
 }

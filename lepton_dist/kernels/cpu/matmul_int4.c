@@ -272,18 +272,18 @@ static TARGET void pack_row(
     }
 }
 
-/* weights [out, in] of the kind (0 float32, 1 bfloat16) -> panels of num_panels(out) * ceil(in / group) * (group * 8 + 32)
-   bytes. */
+/* To panels of ceil(in / group) * (group * 8 + 32) bytes. */
 void lepton_pack_int4(
-    const void *weights, int64_t kind, int64_t out, int64_t in, int64_t group, uint8_t *panels, int64_t threads
+    const struct panels *to, const void *rows, int64_t kind, int64_t first, int64_t count, int64_t threads
 ) {
-    const struct matmul_call sizes = {.in = in, .group = group};
+    const struct matmul_call sizes = {.in = to->in, .group = to->group};
     const int64_t panel_bytes = num_groups(&sizes) * 2 * half_bytes(&sizes);
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t p = 0; p < num_panels(out); p++)
+    for (int64_t p = 0; p < num_panels(count); p++)
         for (int64_t i = 0; i < PANEL; i++) {
             const int64_t row = p * PANEL + i;
-            pack_row(&sizes, weights, kind, row < out ? row * in : -1, panels + p * panel_bytes, i);
+            uint8_t *panel = (uint8_t *)to->bytes + (first / PANEL + p) * panel_bytes;
+            pack_row(&sizes, rows, kind, row < count ? row * to->in : -1, panel, i);
         }
 }
 #endif

@@ -102,16 +102,15 @@ static TARGET void pack_panel(
         }
 }
 
-/* weights [out, in] of the kind (0 float32, 1 bfloat16) -> panels of num_panels(out) * (in + in % 2) * 16 bytes, and
-   scales float32 [num_panels(out) * 16]: round to nearest, the largest of each row to 127. */
+/* To panels of (in + in % 2) * 16 bytes, and scales: round to nearest, the largest of each row to 127. */
 void lepton_pack_int8(
-    const void *weights, int64_t kind, int64_t out, int64_t in, int8_t *panels, float *scales, int64_t threads
+    const struct panels *to, const void *rows, int64_t kind, int64_t first, int64_t count, int64_t threads
 ) {
-    const int64_t padded = in + in % 2;
+    const int64_t in = to->in, padded = in + in % 2;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t p = 0; p < num_panels(out); p++) {
-        const int64_t row = p * PANEL;
-        pack_panel(weights, kind, row * in, out - row, in, panels + row * padded, scales + row);
+    for (int64_t p = 0; p < num_panels(count); p++) {
+        const int64_t row = p * PANEL, feature = first + row;
+        pack_panel(rows, kind, row * in, count - row, in, (int8_t *)to->bytes + feature * padded, to->scales + feature);
     }
 }
 #endif

@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from lepton_dist.kernels.cpu.reserve import HUGE_PAGE, Pages, reserve
+from lepton_dist.kernels.cpu.pages import HUGE_PAGE, Pages
 
 
 def fresh_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -19,13 +19,3 @@ def fresh_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
     pages = Pages(count * dtype.itemsize)
     return torch.frombuffer(pages.buffer, dtype=dtype, count=count, offset=pages.start).view(shape)
-
-
-def lasting_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """As `fresh_zeros`, in memory that was touched ahead while there is some: for what stays, as that is kept whole."""
-    count = prod(shape)
-    room = reserve().take(count * dtype.itemsize) if count * dtype.itemsize >= HUGE_PAGE else None
-    if room is None:
-        return fresh_zeros(shape, dtype)
-    buffer, offset = room
-    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).view(shape)

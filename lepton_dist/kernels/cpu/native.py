@@ -1,27 +1,24 @@
-"""Finding the compiled kernels: built when the package was installed, where a C compiler was found."""
+"""Finding the compiled kernels: built when the package was installed, where a C compiler was found. Without torch."""
 
 from __future__ import annotations
 
 import ctypes
+import sys
+from contextlib import suppress
 from enum import IntEnum
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
-import torch
-
-KINDS = {torch.float32: 0, torch.bfloat16: 1}
-"""The numbers by which the kernels know the dtypes of activations and caches."""
+KINDS = {"float32": 0, "bfloat16": 1}
+"""The numbers by which the kernels know the dtypes of activations, caches and stored weights."""
 
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
 # Arguments as in the C files. Told once: a call then takes plain numbers, which is half of what it costs.
 _SIGNATURES = {
-    "lepton_pack_bf16": "piipi",
-    "lepton_pack_int8": "piiippi",
-    "lepton_pack_int4": "piiiipi",
-    "lepton_pack_bf16_512": "piipi",
-    "lepton_pack_int8_512": "piiippi",
-    "lepton_pack_int4_512": "piiiipi",
+    **{f"lepton_pack_{kind}{level}": "ppiiii" for kind in ("bf16", "int8", "int4") for level in ("", "_512")},
+    "lepton_load_rows": "pi",
     "lepton_rms_norm": "ppppiiifi",
     "lepton_gated_silu": "ppiiii",
     "lepton_rotate": "pppiiiiiii",
@@ -30,11 +27,6 @@ _SIGNATURES = {
     "lepton_attention_half": "pppppii",
     "lepton_mlp_half": "ppppii",
 }
-
-
-def has_heads_side_by_side(x: torch.Tensor) -> bool:
-    """Whether each row of x [tokens, heads, head_dim] is contiguous, whatever lies between rows."""
-    return x.stride(2) == 1 and x.stride(1) == x.shape[2]
 
 
 class VectorLevel(IntEnum):
@@ -48,13 +40,11 @@ class VectorLevel(IntEnum):
 
 @cache
 def native_library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they were not built or do not fit this machine.
-
-    Torch is imported first: the library then runs on torch's OpenMP threads, and no second pool fights over the cores.
-    """
+    """The compiled kernels, or None where they were not built or do not fit this machine."""
     spec = find_spec("lepton_dist.kernels.cpu._native")
     if spec is None or spec.origin is None:
         return None
+    _load_openmp()
     try:
         library = ctypes.CDLL(spec.origin)
     except OSError:
@@ -67,19 +57,23 @@ def native_library() -> ctypes.CDLL | None:
     return library
 
 
-def work_alone() -> None:
-    """Let what this thread computes wake no others; without the compiled kernels, nothing changes.
-
-    Not `torch.set_num_threads`, which would speak for all threads of the process.
-    """
-    torch.get_num_threads()  # torch sets a new thread's number when it is first asked for
-    library = native_library()
-    if library is not None:
-        library.lepton_work_alone()
-
-
 @cache
 def vector_level() -> VectorLevel:
     """What the kernels may use of this machine."""
     library = native_library()
     return VectorLevel.NONE if library is None else VectorLevel(library.lepton_vector_level())
+
+
+def address_of(function: object) -> int:
+    """Where a compiled function lies, for structures that C reads."""
+    address = ctypes.cast(function, ctypes.c_void_p).value  # type: ignore[arg-type]
+    assert address is not None  # of a function that was found
+    return address
+
+
+def _load_openmp() -> None:
+    """Torch's own OpenMP, if torch has not brought it yet: two pools of threads would fight over the cores."""
+    spec = None if "torch" in sys.modules else find_spec("torch")
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        with suppress(OSError):  # a torch that is built otherwise
+            ctypes.CDLL(str(Path(folder) / "lib" / "libgomp.so.1"))

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lepton_dist.kernels.cpu.native import KINDS, has_heads_side_by_side, native_library, vector_level
+from lepton_dist.kernels.cpu.native import native_library, vector_level
+from lepton_dist.kernels.cpu.tensors import KINDS, has_heads_side_by_side
 
 _WIDTH, _MAX_DIM, _MAX_ROWS = 8, 256, 32  # as in paged_attention.c
 

@@ -9,7 +9,8 @@ import ctypes
 
 import torch
 
-from lepton_dist.kernels.cpu.native import KINDS, has_heads_side_by_side, native_library
+from lepton_dist.kernels.cpu.native import native_library
+from lepton_dist.kernels.cpu.tensors import KINDS, has_heads_side_by_side
 
 MAX_HALF = 256
 """Channels of half a head that can be rotated, as in pointwise.c."""

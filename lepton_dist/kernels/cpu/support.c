@@ -1,3 +1,6 @@
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <omp.h>
 
 #include "vector.h"
@@ -18,5 +21,17 @@ enum vector_level lepton_vector_level(void) {
     return AVX2;
 #else
     return NO_VECTORS;
+#endif
+}
+
+/* Whether oneDNN's product in bfloat16 beats ours here: by matrix instructions, or by AVX-512 where that lacks BF16. */
+int lepton_leaves_bf16(void) {
+#if defined(__x86_64__)
+    unsigned a, b, c, d;
+    const int has_tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1);
+    const int has_512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return has_tiles || (has_512 && lepton_vector_level() < AVX512);
+#else
+    return 0;
 #endif
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from lepton_dist.kernels.cpu.native import has_heads_side_by_side
+from lepton_dist.kernels.cpu.tensors import has_heads_side_by_side
 from lepton_dist.kernels.cuda.triton_attention import combine_kernel, decode_kernel
 from lepton_dist.kernels.cuda.triton_pointwise import add_rms_norm_kernel, enter_cache_kernel, gated_silu_kernel
 

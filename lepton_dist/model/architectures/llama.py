@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from lepton_dist.model.config import ModelConfig, RopeConfig
+from lepton_dist.model.config import ROPE_KINDS, ModelConfig, RopeConfig
 from lepton_dist.model.family import Family, Source
 from lepton_dist.model.fields import ConfigFields
-from lepton_dist.model.rope import KINDS
 from lepton_dist.plan.axes import ModelShape
 
 ACTIVATIONS = {
@@ -62,8 +61,8 @@ def read_rope(fields: ConfigFields, head_dim: int, max_positions: int) -> RopeCo
         raise fields.error("rope_parameters", f"must be a mapping, not {values!r}")
     parameters = {key: value for key, value in values.items() if value is not None}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind not in KINDS:
-        raise fields.error("rope_parameters.rope_type", f"{kind!r} is not supported; known: {', '.join(KINDS)}")
+    if kind not in ROPE_KINDS:
+        raise fields.error("rope_parameters.rope_type", f"{kind!r} is not supported; known: {', '.join(ROPE_KINDS)}")
     theta = parameters.get("rope_theta", fields.get("rope_theta", 10000.0))
     partial = float(parameters.get("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)))
     original = fields.get("original_max_position_embeddings", max_positions)

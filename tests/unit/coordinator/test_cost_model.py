@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from lepton_dist.coordinator.cluster import Cluster, Link, Matmul, RankProfile
 from lepton_dist.coordinator.cost_model import CostModel
 from lepton_dist.coordinator.stage_cost import TERMS, ModelCost, Terms
-from lepton_dist.engine.kv_cache import KvGeometry
+from lepton_dist.engine.kv_geometry import KvGeometry
 from lepton_dist.engine.work import StepWork, chunk_pairs
 from lepton_dist.model.parameters import ParameterTable
 from lepton_dist.model.registry import read_model

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lepton_dist.kernels.cpu.matmul import PanelWeight
 from lepton_dist.kernels.cpu.native import VectorLevel, native_library, vector_level
-from lepton_dist.kernels.linear import make_weight, matrix_bytes
+from lepton_dist.kernels.cpu.panels import matrix_bytes
+from lepton_dist.kernels.linear import make_weight
 from lepton_dist.kernels.quantized import RoundedWeight
 from lepton_dist.plan.precision import INT4_GROUPS
 
@@ -74,7 +75,7 @@ def test_bfloat16_panels_equal_double_precision(
 @given(in_features=st.integers(1, 70), out_features=st.integers(1, 100))
 def test_bfloat16_panels_of_avx512_are_packed_below_it_too(in_features: int, out_features: int) -> None:
     weight = torch.randn(out_features, in_features).bfloat16()
-    words = PanelWeight.of(weight, "bfloat16", VectorLevel.AVX512).panels.view(torch.bfloat16)
+    words = PanelWeight.of(weight, "bfloat16", VectorLevel.AVX512).packed.view(torch.bfloat16)
     padded = torch.zeros(-(-out_features // 32) * 32, in_features + in_features % 2, dtype=torch.bfloat16)
     padded[:out_features, :in_features] = weight
     # [panels, 32 features, pairs of k, 2] -> [panels, pairs of k, 32 features, 2]
@@ -199,7 +200,7 @@ def test_int8_sums_do_not_overflow(level: VectorLevel) -> None:
 @needs_panels
 @pytest.mark.parametrize("kind", ["int8", *INT4])
 def test_bytes_are_those_that_are_told(kind: str) -> None:
-    assert PanelWeight.of(torch.randn(48, 200), kind).panels.nbytes == matrix_bytes(kind, 48, 200)
+    assert PanelWeight.of(torch.randn(48, 200), kind).packed.nbytes == matrix_bytes(kind, 48, 200)
 
 
 def test_a_view_with_a_row_stride_is_read_in_place() -> None:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from lepton_dist.config.sampling import SamplingParams
 from lepton_dist.engine.batch import RunBatch, make_batch, read_rows
-from lepton_dist.engine.kv_cache import CachedAttention, KvCache, KvGeometry, lay_out
+from lepton_dist.engine.kv_cache import CachedAttention, KvCache, lay_out
+from lepton_dist.engine.kv_geometry import KvGeometry
 from lepton_dist.engine.request import Request, Sequence
 from lepton_dist.engine.scheduler import Chunk
 from lepton_dist.kernels.attention import PagedBatch, ReadRows

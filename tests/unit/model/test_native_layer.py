@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional
 
 from lepton_dist.engine.batch import RunBatch
-from lepton_dist.engine.kv_cache import CachedAttention, KvCache, KvGeometry, lay_out
+from lepton_dist.engine.kv_cache import CachedAttention, KvCache, lay_out
+from lepton_dist.engine.kv_geometry import KvGeometry
 from lepton_dist.kernels.cpu.native import native_library
 from lepton_dist.model.decoder_layer import DecoderLayer, make_layer
 from lepton_dist.runtime.skeleton import decode_batch, prefill_batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from lepton_dist.comm.world import World, run_local
 from lepton_dist.errors import CheckpointError
 from lepton_dist.kernels.cpu.matmul import PanelWeight
 from lepton_dist.kernels.cpu.native import native_library
-from lepton_dist.kernels.linear import panel_kind
+from lepton_dist.kernels.cpu.panels import panel_kind
 from lepton_dist.model.held import HeldParameters
 from lepton_dist.parallel.load import load_seat
+from lepton_dist.parallel.packing import Packing, packed_matrices
 from lepton_dist.plan.document import parse_plan
+from lepton_dist.plan.precision import Dtypes
 from lepton_dist.runtime.blueprint import Blueprint
 
 PLANS = {
@@ -34,39 +37,44 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shaped_model("tiny", tmp_path_factory.mktemp("models"))
 
 
+def draw(model: Path, plan: str) -> Blueprint:
+    parsed = parse_plan(plan)
+    return Blueprint.draw(str(model), parsed, parsed.mesh.size if parsed.mesh is not None else len(parsed.ranks))
+
+
 def load(model: Path, plan: str, weights: str) -> list[HeldParameters]:
     """What each rank of a plan holds."""
-    parsed = parse_plan(plan)
-    size = parsed.mesh.size if parsed.mesh is not None else len(parsed.ranks)
-    blueprint = Blueprint.draw(str(model), parsed, size)
+    blueprint, dtypes = draw(model, plan), Dtypes(weights, *["bfloat16"] * 3)
 
     def body(world: World) -> HeldParameters:
-        held = HeldParameters(weights)
-        load_seat(world, blueprint.index, blueprint.table, blueprint.seats, torch.bfloat16, held)
-        return held
+        return load_seat(world, blueprint.index, blueprint.table, blueprint.seats, dtypes)
 
-    return run_local(size, body)
+    return run_local(len(blueprint.seats), body)
 
 
 def bits_of(held: HeldParameters) -> Mapping[str, torch.Tensor]:
-    matrices = {name: form.panels for name, form in held.matrices.items() if isinstance(form, PanelWeight)}
+    matrices = {name: form.packed for name, form in held.matrices.items() if isinstance(form, PanelWeight)}
     assert len(matrices) == len(held.matrices)
     return {**matrices, **held.tensors}
+
+
+def assert_same(mine: HeldParameters, expected: HeldParameters) -> None:
+    left, right = bits_of(mine), bits_of(expected)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in right)
 
 
 @needs_panels
 @pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_packed_as_read(plan: str, weights: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if panel_kind(torch.bfloat16, torch.device("cpu"), weights) is None:
+    if panel_kind("bfloat16", weights) is None:
         pytest.skip("bfloat16 is not held as panels on this machine")
-    monkeypatch.setattr("lepton_dist.parallel.load._PIECE_BYTES", 20_000)  # several pieces a matrix
-    by_rows = [bits_of(held) for held in load(model, plan, weights)]
-    monkeypatch.setattr(HeldParameters, "by_rows", lambda *arguments: None)
-    whole = [bits_of(held) for held in load(model, plan, weights)]
+    by_rows = load(model, plan, weights)
+    monkeypatch.setattr("lepton_dist.parallel.load.packed_matrices", lambda *arguments: ())
+    whole = load(model, plan, weights)
     for mine, expected in zip(by_rows, whole, strict=True):
-        assert mine.keys() == expected.keys()
-        assert all(torch.equal(mine[name], expected[name]) for name in expected)
+        assert_same(mine, expected)
 
 
 @needs_panels
@@ -81,18 +89,36 @@ def test_most_matrices_never_lie_in_memory_as_stored(model: Path, monkeypatch: p
 
 
 @needs_panels
+@pytest.mark.parametrize("of", ["int8", "int4"])
+def test_what_was_begun_is_taken_up_if_it_is_what_is_wanted(of: str, model: Path) -> None:
+    blueprint, dtypes = draw(model, PLANS["one"]), Dtypes("int8", *["bfloat16"] * 3)
+    begun = Packing(packed_matrices(blueprint.index, blueprint.table, blueprint.seats[0], replace(dtypes, weights=of)))
+    begun.begin()
+
+    def body(world: World) -> HeldParameters:
+        return load_seat(world, blueprint.index, blueprint.table, blueprint.seats, dtypes, begun=begun)
+
+    (held,) = run_local(1, body)
+    (expected,) = load(model, PLANS["one"], "int8")
+    assert_same(held, expected)
+    own = set(map(id, begun.finish(1).values()))
+    kept = {id(form._panels) for form in held.matrices.values() if isinstance(form, PanelWeight)}
+    assert (kept == own) == (of == "int8")
+
+
+@needs_panels
 def test_a_file_that_ends_early_is_named(model: Path, tmp_path: Path) -> None:
-    index = Blueprint.draw(str(model), parse_plan(PLANS["one"]), 1).index
+    index = draw(model, PLANS["one"]).index
     for file in ("config.json", "model.safetensors"):
         (tmp_path / file).write_bytes((model / file).read_bytes())
-    plan = parse_plan(PLANS["one"])
-    blueprint = Blueprint.draw(str(tmp_path), plan, 1)
+    blueprint = draw(tmp_path, PLANS["one"])
     last = max(index.tensors.values(), key=lambda tensor: tensor.offset)
     with (tmp_path / "model.safetensors").open("r+b") as file:
         file.truncate(last.offset + last.num_bytes - 3)  # after its header was read
 
     def body(world: World) -> None:
-        load_seat(world, blueprint.index, blueprint.table, blueprint.seats, torch.bfloat16, HeldParameters("int8"))
+        dtypes = Dtypes("int8", *["bfloat16"] * 3)
+        load_seat(world, blueprint.index, blueprint.table, blueprint.seats, dtypes)
 
     with pytest.raises(CheckpointError, match=f"is truncated: '{last.name}' ends 3 bytes early"):
         run_local(1, body)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lepton_dist.engine.batch import read_spans
-from lepton_dist.engine.kv_cache import KvGeometry
+from lepton_dist.engine.kv_geometry import KvGeometry
 from lepton_dist.errors import ConfigError
 from lepton_dist.plan.document import parse_plan
 from lepton_dist.plan.plan import EngineLimits

@@ -1,7 +1,10 @@
-"""How much memory is touched ahead: about what the rank will hold, and none where nobody can tell yet."""
+"""What is begun before torch is there: what this rank will hold, and nothing where that cannot be told."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,96 +12,138 @@ import pytest
 from lepton_dist.bench.shapes import shaped_model
 from lepton_dist.comm.launcher import Launcher
 from lepton_dist.kernels.cpu.native import native_library
-from lepton_dist.parallel.requirements import weight_bytes
+from lepton_dist.parallel.packing import packed_matrices
 from lepton_dist.plan.document import parse_plan
 from lepton_dist.plan.plan import Plan
 from lepton_dist.plan.precision import decide_dtypes
 from lepton_dist.runtime import head_start
 from lepton_dist.runtime.blueprint import Blueprint
+from lepton_dist.runtime.head_start import HeadStart
 
 pytestmark = pytest.mark.skipif(native_library() is None, reason="no compiled kernels: not built, or no AVX2")
 
 
-class Begun:
-    """Stands for the reserve: keeps what it was told to touch."""
-
-    num_bytes = 0
-
-    def begin(self, num_bytes: int) -> None:
-        self.num_bytes = num_bytes
-
-
-def touched(
-    model: Path,
-    plan: Path | None,
-    monkeypatch: pytest.MonkeyPatch,
-    size: int = 1,
-    rank: int = 0,
-    dtype: str | None = None,
-) -> int:
-    begun = Begun()
-    monkeypatch.setattr(head_start, "reserve", lambda: begun)
-    monkeypatch.setattr(head_start, "read_launcher", lambda: Launcher("mpich", rank, size))
-    head_start.touch_ahead(str(model), None if plan is None else str(plan), dtype)
-    return begun.num_bytes
+@pytest.fixture
+def start() -> Iterator[HeadStart]:
+    mine = HeadStart()
+    yield mine
+    mine.close()
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shaped_model("160m", tmp_path_factory.mktemp("models"))  # embedding and head are small beside the layers
+    return shaped_model("tiny", tmp_path_factory.mktemp("models"))
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4", "int4-128"])
-@pytest.mark.parametrize(
-    ("plan", "size"), [("mesh: {tp: 1}", 1), ("mesh: {tp: 2}", 2), ("mesh: {pp: 2}", 2), ("mesh: {dp: 2, tp: 2}", 4)]
-)
-def test_about_what_a_rank_holds(
-    plan: str, size: int, weights: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def launched(monkeypatch: pytest.MonkeyPatch, rank: int, size: int, local_size: int | None = None) -> None:
+    launcher = Launcher("mpich", rank, size, rank, size if local_size is None else local_size)
+    monkeypatch.setattr(head_start, "read_launcher", lambda: launcher)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "int4-128"])
+@pytest.mark.parametrize(("plan", "size"), [("mesh: {tp: 1}", 1), ("mesh: {tp: 2}", 2), ("mesh: {pp: 2}", 2)])
+def test_what_a_rank_will_hold(
+    plan: str, size: int, weights: str, model: Path, tmp_path: Path, start: HeadStart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "plan.yaml"
     file.write_text(f"{plan}\nprecision: {{weights: {weights}}}\n", encoding="utf-8")
     parsed = parse_plan(file.read_text(encoding="utf-8"))
     blueprint = Blueprint.draw(str(model), parsed, size)
-    dtypes = decide_dtypes(parsed.precision, None, "bfloat16")
+    dtypes = decide_dtypes(parsed.precision, None, blueprint.config.dtype)
     for rank, seat in blueprint.seats.items():
-        held = weight_bytes(blueprint.table, seat, dtypes)
-        # The embedding is not rounded and the head not to 4 bits: a third of this model's weights.
-        assert 0.5 * held < touched(model, file, monkeypatch, size, rank) < 1.05 * held
+        launched(monkeypatch, rank, size)
+        start.begin(str(model), str(file), None)
+        begun = start.take()
+        assert begun is not None and start.take() is None
+        assert begun.matrices == packed_matrices(blueprint.index, blueprint.table, seat, dtypes) != ()
+        begun.finish(1)
+        assert begun.held_bytes == sum(one.num_bytes for one in begun.matrices)
+        begun.close()
 
 
-def test_without_a_plan_all_ranks_share_one_model(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blueprint = Blueprint.draw(str(model), Plan.default([0, 0, 1]), 3)
-    held = sum(weight_bytes(blueprint.table, seat, decide_dtypes(blueprint.plan.precision, None, "bfloat16"))
-               for seat in blueprint.seats.values())  # fmt: skip
-    assert touched(model, None, monkeypatch, 3) == pytest.approx(held / 3, rel=0.01)
+def test_without_a_plan_the_ranks_of_one_node_share_the_model(
+    model: Path, tmp_path: Path, start: HeadStart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blueprint = Blueprint.draw(str(model), Plan.default([0, 0]), 2)
+    dtypes = decide_dtypes(blueprint.plan.precision, None, blueprint.config.dtype)
+    expected = packed_matrices(blueprint.index, blueprint.table, blueprint.seats[1], dtypes)
+    launched(monkeypatch, 1, 2)
+    start.begin(str(model), None, None)
+    begun = start.take()
+    assert (() if begun is None else begun.matrices) == expected
+    if begun is not None:
+        begun.close()
+    launched(monkeypatch, 1, 2, local_size=1)  # which ranks share a node is known when they meet
+    start.begin(str(model), None, None)
+    assert start.take() is None
 
 
 @pytest.mark.parametrize(
-    ("plan", "dtype"),
+    ("plan", "size"),
     [
-        ("mesh: auto\ncluster: here.yaml", None),
-        ("mesh: {tp: 1}\ndevice: cuda", None),
-        ("replicas: [{stages: [{ranks: [0], device: auto}]}]", None),
-        ("replicas: [{stages: [{ranks: [1]}]}]", None),  # this rank is left out
-        ("mesh: {tp: 1}", "float32"),
-        ("mesh: {tp: 1}", "float16"),
-        ("mesh: {tp: one}", None),
-        ("mesh: [", None),
-        (None, "int9"),
+        ("mesh: auto\ncluster: here.yaml", 1),
+        ("mesh: {tp: 1}\ndevice: cuda", 1),
+        ("replicas: [{stages: [{ranks: [0], device: auto}]}]", 1),
+        ("replicas: [{stages: [{ranks: [1]}]}]", 2),  # this rank is left out
+        ("mesh: {dp: 2}", 2),  # what replicas hold is read once for all
+        ("mesh: {tp: 1}\nprecision: {weights: float32}", 1),
+        ("mesh: {tp: 1}\nprecision: {weights: float16}", 1),
+        ("mesh: {tp: 2}", 1),
+        ("mesh: {tp: 1}", 0),  # the launcher does not tell
+        ("mesh: {tp: one}", 1),
+        ("mesh: [", 1),
     ],
 )
-def test_nothing_where_nobody_can_tell(
-    plan: str | None, dtype: str | None, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_nothing_where_it_cannot_be_told(
+    plan: str, size: int, model: Path, tmp_path: Path, start: HeadStart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "plan.yaml"
-    if plan is not None:
-        file.write_text(plan, encoding="utf-8")
-    assert touched(model, file if plan is not None else None, monkeypatch, dtype=dtype) == 0
-    assert touched(tmp_path / "nowhere", None, monkeypatch) == 0
-    assert touched(tmp_path, None, monkeypatch) == 0  # a directory, and no model
-    assert touched(model, tmp_path / "absent.yaml", monkeypatch) == 0
+    file.write_text(plan, encoding="utf-8")
+    launched(monkeypatch, 0, size)
+    start.begin(str(model), str(file), None)
+    assert start.take() is None and start.held_bytes == 0
 
 
-def test_never_most_of_the_memory(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_start, "available_bytes", lambda ranks: 100 << 20)
-    assert touched(model, None, monkeypatch) == 50 << 20
+def test_nothing_of_what_is_not_there(
+    model: Path, tmp_path: Path, start: HeadStart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched(monkeypatch, 0, 1)
+    for directory, plan, dtype in (
+        (tmp_path / "nowhere", None, None),
+        (tmp_path, None, None),  # a directory, and no model
+        (model, tmp_path / "absent.yaml", None),
+        (model, None, "int9"),
+    ):
+        start.begin(str(directory), None if plan is None else str(plan), dtype)
+        assert start.take() is None
+
+
+def test_never_most_of_the_memory(
+    model: Path, tmp_path: Path, start: HeadStart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched(monkeypatch, 0, 1)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("mesh: {tp: 1}\nprecision: {weights: int8}\n", encoding="utf-8")
+    start.begin(str(model), str(plan), None)
+    begun = start.take()
+    assert begun is not None
+    begun.close()
+    needed = sum(one.num_bytes for one in begun.matrices)
+    for available, is_begun in ((2 * needed + 2, True), (2 * needed - 2, False)):
+        monkeypatch.setattr(head_start, "available_bytes", lambda ranks, room=available: room)
+        start.begin(str(model), str(plan), None)
+        assert (start.held_bytes > 0 or start._packing is not None) == is_begun
+        start.close()
+
+
+def test_what_nobody_takes_stops_with_the_command(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched(monkeypatch, 0, 1)
+    with pytest.raises(ZeroDivisionError), head_start.loading_ahead(str(model), None, None):
+        raise ZeroDivisionError
+    assert head_start.head_start().take() is None
+
+
+def test_torch_is_not_there_yet() -> None:
+    code = "import sys; import lepton_dist.runtime.head_start; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["False", "False"]

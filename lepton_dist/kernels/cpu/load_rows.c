@@ -1,0 +1,80 @@
+/* Rows of stored matrices on their way from files into panels, some at a time by every thread that helps.
+ *
+ * A piece is packed while it is still in the cache of the thread that read it. No lock of Python's is held meanwhile, so
+ * one thread can be at it while the process still imports torch, and others join it later.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "panels.h"
+
+/* Rows that lie behind one another in a file. */
+struct row_run {
+    pack_function *pack;
+    struct panels to;
+    int64_t kind;
+    int64_t file, offset;             /* its descriptor, and where the first row begins */
+    int64_t row_bytes, skipped, kept; /* of a stored row: all of it, what lies before the wanted columns, and those */
+    int64_t first, rows, step;        /* the output feature of the first, how many, and how many at once */
+    int64_t pieces_before;            /* those of the runs before it */
+};
+
+struct row_loading {
+    const struct row_run *runs;
+    int64_t num_runs, num_pieces;
+    int64_t next;           /* piece that nobody has taken */
+    int64_t failed;         /* a run that could not be read, or -1 */
+    int64_t error, missing; /* errno, or 0 and how many bytes a file ends early */
+};
+
+/* Returns how many bytes the file does not have, or -1 with errno. */
+static int64_t fetch(int file, char *to, int64_t bytes, int64_t offset) {
+    while (bytes > 0) {
+        const ssize_t got = pread(file, to, (size_t)bytes, (off_t)offset);
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0) return -1;
+        if (got == 0) break;
+        to += got, offset += got, bytes -= got;
+    }
+    return bytes;
+}
+
+static void give_up(struct row_loading *l, int64_t run, int64_t error, int64_t missing) {
+#pragma omp critical
+    if (l->failed < 0) l->failed = run, l->error = error, l->missing = missing;
+    __atomic_store_n(&l->next, l->num_pieces, __ATOMIC_RELAXED);
+}
+
+static void load_piece(struct row_loading *l, int64_t number, int64_t piece, char *buffer) {
+    const struct row_run *run = l->runs + number;
+    const int64_t from = (piece - run->pieces_before) * run->step;
+    const int64_t count = run->rows - from < run->step ? run->rows - from : run->step;
+    const int64_t missing = fetch((int)run->file, buffer, count * run->row_bytes, run->offset + from * run->row_bytes);
+    if (missing) {
+        give_up(l, number, missing < 0 ? errno : 0, missing);
+        return;
+    }
+    if (run->kept < run->row_bytes)
+        for (int64_t r = 0; r < count; r++) memmove(buffer + r * run->kept, buffer + r * run->row_bytes + run->skipped, run->kept);
+    run->pack(&run->to, buffer, run->kind, run->first + from, count, 1);
+}
+
+/* Take pieces until none is left. Threads of other calls may take some of the same loading, and still be at their last. */
+void lepton_load_rows(struct row_loading *l, int64_t threads) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < l->num_runs; i++)
+        if (l->runs[i].step * l->runs[i].row_bytes > most) most = l->runs[i].step * l->runs[i].row_bytes;
+#pragma omp parallel num_threads(threads)
+    {
+        char *buffer = malloc((size_t)most);
+        int64_t number = 0, piece;
+        if (buffer == NULL) give_up(l, 0, ENOMEM, 0);
+        while ((piece = __atomic_fetch_add(&l->next, 1, __ATOMIC_RELAXED)) < l->num_pieces) {
+            while (number + 1 < l->num_runs && l->runs[number + 1].pieces_before <= piece) number++;
+            load_piece(l, number, piece, buffer);
+        }
+        free(buffer);
+    }
+}
