@@ -10,7 +10,10 @@ from torch.nn import functional
 from lepton_dist.kernels.cpu.matmul import NativeProduct, PanelWeight
 from lepton_dist.kernels.cpu.panels import panel_kind
 from lepton_dist.kernels.quantized import RoundedWeight
+from lepton_dist.kernels.widening import widened_product
 from lepton_dist.plan.precision import QUANTIZED
+
+_FEW_ROWS = 6  # of x
 
 
 class Weight(Protocol):
@@ -33,17 +36,26 @@ class Weight(Protocol):
 
 
 class DenseWeight:
-    """A plain torch matrix [out, in]."""
+    """A plain torch matrix [out, in].
+
+    Where torch's bfloat16 product is a reference loop, on CPUs below AVX-512, more than a few rows of `x` are
+    multiplied in float32 with weights that are widened, some at a time.
+    """
 
     native = None
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._weight = weight
         self.out_features, self.in_features = weight.shape
+        is_bfloat16 = weight.dtype == torch.bfloat16 and weight.is_cpu
+        self._is_slow = is_bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def matmul(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """As `Weight.matmul`."""
-        return functional.linear(x, self._weight).to(dtype or x.dtype)
+        dtype = dtype or x.dtype
+        if self._is_slow and x.shape[0] > _FEW_ROWS:
+            return widened_product(x, self.out_features, lambda rows, wide: wide.copy_(self._weight[rows])).to(dtype)
+        return functional.linear(x, self._weight).to(dtype)
 
 
 class PackedWeight:

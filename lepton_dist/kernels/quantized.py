@@ -1,6 +1,6 @@
 """Weights rounded to 8 or 4 bits, the plain way: to nearest, with a scale an output feature or a group of inputs.
 
-The reference, on any device and without compiled kernels: it widens the whole matrix for each product.
+On any device and without compiled kernels.
 """
 
 from __future__ import annotations
@@ -8,7 +8,10 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from lepton_dist.kernels.widening import widened_product
 from lepton_dist.plan.precision import INT4_GROUPS
+
+_FEW_ROWS = 16  # of x: up to here torch's product with int8 is faster than widening
 
 
 def round_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,23 +35,47 @@ def round_int4(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Te
 
 
 class RoundedWeight:
-    """An int8 or int4 matrix in torch's own tensors; int4 takes a byte a weight here."""
+    """An int8 or int4 matrix in torch's own tensors; int4 takes a byte a weight here.
+
+    On CPUs few rows of bfloat16 are multiplied with int8 by torch's own product; else weights are widened, some at a
+    time. On GPUs all of them are, for each product.
+    """
 
     native = None
 
     def __init__(self, weight: torch.Tensor, kind: str) -> None:
         self.out_features, self.in_features = weight.shape
         rounded = round_int8(weight) if kind == "int8" else round_int4(weight, INT4_GROUPS[kind])
-        self._steps, self._scales = rounded
+        self._steps, self._scales = rounded[0], rounded[1].float()
+        # Torch's own product checks nothing: it reads aligned vectors up to the end of each row.
+        has_product = kind == "int8" and weight.is_cpu and self.in_features % 16 == 0
+        self._ones = torch.ones(self.out_features, dtype=torch.bfloat16) if has_product else None
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix [out, in] that the rounded one stands for."""
-        wide = self._steps * self._scales.float()
+        wide = self._steps * self._scales
         return wide.view(self.out_features, -1)[:, : self.in_features].to(dtype)
 
     def matmul(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """As `Weight.matmul`."""
-        return functional.linear(x, self.dense(x.dtype)).to(dtype or x.dtype)
+        dtype = dtype or x.dtype
+        if not x.is_cpu:
+            return functional.linear(x, self.dense(x.dtype)).to(dtype)
+        if self._ones is not None and x.dtype == torch.bfloat16 and x.shape[0] <= _FEW_ROWS:
+            # It takes scales in bfloat16 only: ours are not rounded, and come after it.
+            aligned = (
+                x if x.is_contiguous() and x.data_ptr() % 64 == 0 else x.clone(memory_format=torch.contiguous_format)
+            )
+            steps: torch.Tensor = torch._weight_int8pack_mm(aligned, self._steps, self._ones)
+            return (steps.float() * self._scales.t()).to(dtype)
+        return widened_product(x, self.out_features, self._widen).to(dtype)
+
+    def _widen(self, rows: slice, wide: torch.Tensor) -> None:
+        steps, scales = self._steps[rows], self._scales[rows]
+        if steps.numel() == wide.numel():
+            torch.mul(steps, scales, out=wide.view(steps.shape))
+        else:  # the last group of a row is filled up
+            wide.copy_((steps * scales).view(len(wide), -1)[:, : self.in_features])
 
 
 def _inverse(x: torch.Tensor, of: int) -> torch.Tensor:
