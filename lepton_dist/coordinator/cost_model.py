@@ -146,7 +146,7 @@ class CostModel:
         is_gated: bool = True,
         is_tied: bool = False,
     ) -> None:
-        self._max_batch_tokens = plan.engine.max_batch_tokens
+        self._limits = plan.engine
         model = ModelCost(shape, dtypes, is_gated, is_tied)
         placed = seats(plan, shape)
         self.replicas = [_replica_cost(plan, index, model, placed, cluster) for index in range(len(plan.replicas))]
@@ -211,7 +211,7 @@ class CostModel:
         others = width - 1
         beside = StepWork(others, others, others, others * context)
         beside_s = self.predict(replica, beside, in_flight) if others else 0.0
-        room = max(self._max_batch_tokens - others, 1)
+        room = max(self._limits.batch_tokens(len(self.replicas[replica].stages)) - others, 1)
         total = 0.0
         for start in range(0, prompt_tokens, room):
             count = min(room, prompt_tokens - start)

@@ -140,7 +140,7 @@ def _rounds_s(target: Target, cost: ReplicaCost, in_flight: int, batch: int) -> 
     width = -(-batch // in_flight)
     kv_tokens = round(width * (prompt + output / 2))
     light_s = cost.step_s(StepWork(width, width, width, kv_tokens), in_flight)
-    room = max(1, target.limits.max_batch_tokens - width)
+    room = max(1, target.limits.batch_tokens(len(cost.stages)) - width)
     chunks = math.ceil(prompt / room)
     new_chunks = batch / output * chunks  # a round
     size = prompt / chunks

@@ -27,7 +27,7 @@ class SimulatedReplica:
         self.blocks = KvBlocks(num_blocks, limits.block_tokens, has_prefix_cache=False)
         self.scheduler = Scheduler(
             self.blocks,
-            max_batch_tokens=limits.max_batch_tokens,
+            max_batch_tokens=limits.batch_tokens(len(cost.stages)),
             max_sequences=limits.max_sequences,
             num_stages=len(cost.stages),
         )

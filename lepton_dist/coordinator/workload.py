@@ -79,6 +79,6 @@ class Workload:
         """
         width = -(-batch // num_stages)
         prompt, output = self.prompt_tokens, self.output_tokens
-        new = min(width * prompt / output, max(limits.max_batch_tokens - width, 1))
+        new = min(width * prompt / output, max(limits.batch_tokens(num_stages) - width, 1))
         pairs = new * chunk_pairs(0, max(1, round(prompt))) / prompt
         return StepWork(width + round(new), width, width, round(width * (prompt + output / 2)), round(pairs))

@@ -56,7 +56,7 @@ class Engine:
         blocks = KvBlocks(num_blocks, limits.block_tokens, has_prefix_cache=limits.prefix_cache)
         self.scheduler = Scheduler(
             blocks,
-            max_batch_tokens=limits.max_batch_tokens,
+            max_batch_tokens=limits.batch_tokens(num_stages),
             max_sequences=limits.max_sequences,
             num_stages=num_stages,
             ahead=ahead,

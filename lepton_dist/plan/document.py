@@ -229,7 +229,7 @@ def _engine(document: Document, value: Any) -> EngineLimits:
         elif name.endswith("_timeout_s"):
             if isinstance(setting, bool) or not isinstance(setting, int | float) or setting <= 0:
                 raise document.error(key, f"must be a number of seconds above 0, not {setting!r}")
-        elif setting == "auto" and name in ("kv_cache_bytes", "context_tokens"):
+        elif setting == "auto" and name in ("max_batch_tokens", "kv_cache_bytes", "context_tokens"):
             continue
         elif name == "kv_cache_bytes":
             values[name] = _bytes(document, setting, key)

@@ -90,12 +90,16 @@ class Precision:
     wire: str | None = None
 
 
+_BATCH_TOKENS = 512  # of a step
+_PIPELINE_TOKENS, _LEAST_TOKENS = 256, 64  # of all the batches in flight on CPUs, and of one of them
+
+
 @dataclass(frozen=True)
 class EngineLimits:
     """What one replica's engine may use. Times are seconds, sizes are bytes of one rank."""
 
     block_tokens: int = 16
-    max_batch_tokens: int = 512
+    max_batch_tokens: int | Auto = "auto"
     max_sequences: int = 64
     kv_cache_bytes: int | Auto = "auto"
     context_tokens: int | Auto = "auto"
@@ -104,6 +108,15 @@ class EngineLimits:
     step_timeout_s: float = 300.0
     load_timeout_s: float = 1800.0
     balancer: BalancerPolicy = "predicted"
+
+    def batch_tokens(self, num_stages: int = 1) -> int:
+        """Tokens of one step of a replica of so many stages at most, of a resolved plan.
+
+        A batch that holds a prompt holds up those behind it in a pipeline: `auto` is less there (docs/performance.md).
+        """
+        if self.max_batch_tokens != "auto":
+            return self.max_batch_tokens
+        return _BATCH_TOKENS if num_stages == 1 else max(_PIPELINE_TOKENS // num_stages, _LEAST_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -168,7 +181,11 @@ class Plan:
         placed = tuple(_place_layers(index, replica, shape.num_layers) for index, replica in enumerate(replicas))
         _check_ranks(placed, world_size)
         _check_widths(placed, shape)
-        return replace(self, mesh=None, replicas=placed)
+        resolved = replace(self, mesh=None, replicas=placed)
+        if self.engine.max_batch_tokens == "auto" and resolved.wants_gpus:
+            # A GPU's products want more rows than a pipeline of CPUs is given.
+            return replace(resolved, engine=replace(self.engine, max_batch_tokens=_BATCH_TOKENS))
+        return resolved
 
 
 def _grid(mesh: Mesh, world_size: int) -> tuple[Replica, ...]:

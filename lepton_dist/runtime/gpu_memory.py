@@ -47,8 +47,8 @@ def rehearsals(limits: EngineLimits, context_tokens: int, num_blocks: int) -> li
 
     Their block tables name the blocks 0 to `num_blocks` over and over, so that a small cache will do.
     """
-    count = min(limits.max_batch_tokens, context_tokens)
-    most = min(limits.max_sequences, limits.max_batch_tokens)
+    count = min(limits.batch_tokens(), context_tokens)
+    most = min(limits.max_sequences, limits.batch_tokens())
     prompt = [_chunk(0, context_tokens - count, count, limits.block_tokens, num_blocks)]
     decodes = [_chunk(index, context_tokens - 1, 1, limits.block_tokens, num_blocks) for index in range(most)]
     return [make_batch(0, chunks) for chunks in (prompt, decodes)]
@@ -65,7 +65,7 @@ def rehearse(stage: ParallelStage, geometry: KvGeometry, size: Rehearsed, device
 
     Collective over the stage. The first round compiles kernels and lets libraries take what they keep.
     """
-    num_blocks = -(-min(size.limits.max_batch_tokens, size.context_tokens) // geometry.block_tokens) + 1
+    num_blocks = -(-min(size.limits.batch_tokens(), size.context_tokens) // geometry.block_tokens) + 1
     runner = StageRunner(stage, KvCache(geometry, num_blocks, devices.device), devices)
     batches = rehearsals(size.limits, size.context_tokens, num_blocks)
     for batch in batches:

@@ -131,7 +131,7 @@ class _Opening:
         blueprint = self._blueprint
         size = Rehearsed(blueprint.limits, blueprint.context_tokens, blueprint.config.shape.hidden)
         with self._told_of_memory(
-            f"a step of engine.max_batch_tokens {blueprint.limits.max_batch_tokens} and engine.max_sequences "
+            f"a step of engine.max_batch_tokens {blueprint.limits.batch_tokens()} and engine.max_sequences "
             f"{blueprint.limits.max_sequences}"
         ):
             peak = rehearse(stage, self.geometry, size, self._devices)
@@ -149,7 +149,7 @@ class _Opening:
         if problem:
             return StageRunner(stage, cache, devices), [f"decode steps run without CUDA graphs: {problem}"]
         limits = blueprint.limits
-        most = min(limits.max_sequences, limits.max_batch_tokens)
+        most = min(limits.max_sequences, limits.batch_tokens())
         max_blocks = -(-blueprint.context_tokens // limits.block_tokens)
         hidden = blueprint.config.shape.hidden
         graphs = DecodeGraphs(stage, cache, devices, bucket_sizes(most), max_blocks, hidden)

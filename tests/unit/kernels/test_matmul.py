@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lepton_dist.kernels.cpu.matmul import PanelWeight
 from lepton_dist.kernels.cpu.native import VectorLevel, native_library, vector_level
-from lepton_dist.kernels.cpu.panels import matrix_bytes
+from lepton_dist.kernels.cpu.panels import matrix_bytes, panel_kind
 from lepton_dist.kernels.linear import make_weight
 from lepton_dist.kernels.quantized import RoundedWeight
 from lepton_dist.plan.precision import INT4_GROUPS
@@ -188,6 +188,14 @@ def test_zeros_stay_zeros(kind: str) -> None:
     y = make_weight(weight, kind).matmul(torch.ones(2, 64))
     assert torch.count_nonzero(y[:, :3]) == 0 and torch.allclose(y[:, 3], torch.ones(2), atol=1e-3)
     assert torch.count_nonzero(make_weight(weight, kind).matmul(torch.zeros(2, 64))) == 0
+
+
+@needs_panels
+def test_bfloat16_is_left_to_onednn_where_it_has_the_better_instructions() -> None:
+    """We ask the CPU, before torch is there; it must agree with what torch finds."""
+    is_ours = vector_level() == VectorLevel.AVX512 and not torch.cpu._is_amx_tile_supported()
+    is_ours = is_ours or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert panel_kind("bfloat16") == ("bfloat16" if is_ours else None)
 
 
 @at_each_level

@@ -20,7 +20,7 @@ precisions = st.builds(Precision, *[st.sampled_from([None, "float32", "bfloat16"
 limits = st.builds(
     EngineLimits,
     block_tokens=st.integers(1, 64),
-    max_batch_tokens=st.integers(1, 4096),
+    max_batch_tokens=st.one_of(st.just("auto"), st.integers(1, 4096)),
     max_sequences=st.integers(1, 512),
     kv_cache_bytes=st.one_of(st.just("auto"), st.integers(1, 2**40)),
     context_tokens=st.one_of(st.just("auto"), st.integers(1, 10**6)),
@@ -238,3 +238,13 @@ def test_sizes(text: object, size: int) -> None:
 def test_no_sizes(text: object) -> None:
     with pytest.raises(ValueError, match="no size"):
         parse_bytes(text)
+
+
+def test_steps_of_pipelines_on_cpus_are_smaller() -> None:
+    limits = EngineLimits()
+    assert [limits.batch_tokens(stages) for stages in (1, 2, 4, 8)] == [512, 128, 64, 64]
+    asked = EngineLimits(max_batch_tokens=300)
+    assert [asked.batch_tokens(stages) for stages in (1, 2, 8)] == [300, 300, 300]
+    on_gpus = parse_plan("mesh: {pp: 2}\ndevice: cuda").resolve(SHAPE, 2)
+    assert on_gpus.engine.batch_tokens(2) == 512
+    assert parse_plan("mesh: {pp: 2}").resolve(SHAPE, 2).engine.batch_tokens(2) == 128

@@ -147,3 +147,13 @@ def test_torch_is_not_there_yet() -> None:
     code = "import sys; import lepton_dist.runtime.head_start; print('torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_torch_finds_its_own_threads_when_it_comes_after_our_kernels() -> None:
+    """Two OpenMP libraries would be two pools of threads on the same cores."""
+    code = (
+        "from lepton_dist.kernels.cpu.native import native_library; native_library(); import torch; "
+        "print(*{line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert len(done.stdout.split()) == 1, done.stdout
