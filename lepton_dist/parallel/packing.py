@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -37,19 +37,14 @@ def packed_matrices(
     index: CheckpointIndex, table: ParameterTable, seat: Seat, dtypes: Dtypes
 ) -> tuple[PackedMatrix, ...]:
     """What a seat on a CPU can pack row by row: whole rows, stored in the dtype that is computed in."""
-    return tuple(_packed_matrices(index, table, seat, dtypes))
-
-
-def _packed_matrices(
-    index: CheckpointIndex, table: ParameterTable, seat: Seat, dtypes: Dtypes
-) -> Iterator[PackedMatrix]:
     shapes = {one.name: one.local_shape(seat.spans) for one in table.of_stage(seat.layers)}
+    found = []
     for name, group in groupby(seat_needs(table, seat), key=lambda need: need.parameter):
         shape, needs = shapes[name], list(group)
         kind = panel_kind(dtypes.compute, matrix_kind(name, dtypes.weights)) if is_factor(name, len(shape)) else None
-        if kind is None or not all(_is_of_whole_rows(need, shape[1], dtypes.compute, index) for need in needs):
-            continue
-        yield PackedMatrix(name, shape[0], shape[1], kind, tuple(_run(need, index) for need in needs))
+        if kind is not None and all(_is_of_whole_rows(need, shape[1], dtypes.compute, index) for need in needs):
+            found.append(PackedMatrix(name, shape[0], shape[1], kind, tuple(_run(need, index) for need in needs)))
+    return tuple(found)
 
 
 def _is_of_whole_rows(need: Need, width: int, compute: str, index: CheckpointIndex) -> bool:

@@ -9,7 +9,6 @@ import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Thread
 
 from lepton_dist.errors import CheckpointError
@@ -17,6 +16,7 @@ from lepton_dist.kernels.cpu.native import KINDS, address_of, native_library
 from lepton_dist.kernels.cpu.panels import PanelPlace, Panels
 from lepton_dist.plan.axes import Span
 from lepton_dist.storage.index import StoredTensor
+from lepton_dist.storage.weight_files import WeightFiles, truncated, unreadable
 
 _PIECE_BYTES = 1 << 20  # read and packed at once by a thread: a piece that is still in its cache when it is packed
 
@@ -50,7 +50,7 @@ class _RowLoading(ctypes.Structure):
 
     _fields_ = (
         ("runs", ctypes.POINTER(_RowRun)),
-        *((name, ctypes.c_int64) for name in ("num_runs", "num_pieces", "next", "failed", "error", "missing")),
+        *((name, ctypes.c_int64) for name in ("num_runs", "num_pieces", "next", "failed", "error")),
     )
 
 
@@ -63,7 +63,7 @@ class RowLoading:
 
     def __init__(self, runs: Sequence[tuple[RowRun, Panels]]) -> None:
         self._runs = [run for run, _ in runs]
-        self._files: dict[Path, int] = {}
+        self._files = WeightFiles()
         self._thread: Thread | None = None
         self._targets = (_RowRun * len(runs))()
         pieces = 0
@@ -73,7 +73,7 @@ class RowLoading:
                 target.pieces_before = pieces
                 pieces += -(-target.rows // target.step)
         except CheckpointError:
-            self._close_files()
+            self._files.close()
             raise
         self._state = _RowLoading(self._targets, len(runs), pieces, failed=-1)
 
@@ -97,18 +97,17 @@ class RowLoading:
         self._load(threads)
         self._join()
         if self._state.failed >= 0:
-            stored = self._runs[self._state.failed].stored
+            stored, target = self._runs[self._state.failed].stored, self._targets[self._state.failed]
             if self._state.error:
-                raise CheckpointError(f"{stored.file}: cannot be read: {os.strerror(self._state.error)}")
-            raise CheckpointError(
-                f"{stored.file}: is truncated: {stored.name!r} ends {self._state.missing} bytes early"
-            )
+                raise unreadable(stored.file, self._state.error)
+            end = target.offset + target.rows * target.row_bytes
+            raise truncated(stored, end - os.fstat(target.file).st_size)
 
     def close(self) -> None:
         """Stop, whatever is left, and close the files."""
         self._state.next = self._state.num_pieces
         self._join()
-        self._close_files()
+        self._files.close()
 
     def _load(self, threads: int) -> None:
         library = native_library()
@@ -120,24 +119,12 @@ class RowLoading:
         if thread is not None:
             thread.join()
 
-    def _close_files(self) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1])
-
     def _describe(self, target: _RowRun, run: RowRun, panels: Panels) -> None:
         stored, itemsize = run.stored, run.stored.itemsize
         row_bytes = stored.shape[1] * itemsize
         target.pack, target.to, target.kind = address_of(panels.kernels.pack), panels.place, KINDS[stored.dtype]
-        target.file, target.offset = self._open(stored.file), stored.offset + run.rows.start * row_bytes
+        target.file, target.offset = self._files.open(stored.file), stored.offset + run.rows.start * row_bytes
         target.row_bytes = row_bytes
         target.skipped, target.kept = run.columns.start * itemsize, run.columns.size * itemsize
         target.first, target.rows = run.first, run.rows.size
         target.step = max(1, _PIECE_BYTES // (row_bytes * panels.rows)) * panels.rows
-
-    def _open(self, file: Path) -> int:
-        if file not in self._files:
-            try:
-                self._files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
-        return self._files[file]

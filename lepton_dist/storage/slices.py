@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lepton_dist.errors import CheckpointError
 from lepton_dist.plan.axes import Span
 from lepton_dist.storage.index import StoredTensor
+from lepton_dist.storage.weight_files import WeightFiles, truncated, unreadable
 
 _BUFFER_BYTES = 16 << 20
 _PIECE_BYTES = 4 << 20
@@ -27,7 +25,7 @@ class SliceReader:
     """
 
     def __init__(self, threads: int = 1) -> None:
-        self._files: dict[Path, int] = {}
+        self._files = WeightFiles()
         self._pool = ThreadPoolExecutor(threads, "lepton-read")
         self._buffer = np.empty(0, dtype=np.uint8)
         self.bytes_read = 0
@@ -39,9 +37,7 @@ class SliceReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.shutdown()
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
+        self._files.close()
 
     def read(self, stored: StoredTensor, rows: Span, columns: Span | None, target: torch.Tensor) -> None:
         """Read ``stored[rows, columns]`` into `target`, converting its dtype.
@@ -73,30 +69,18 @@ class SliceReader:
             target[first : first + count].copy_(values)
 
     def _fill(self, stored: StoredTensor, offset: int, target: NDArray[np.uint8]) -> None:
-        descriptor = self._descriptor(stored)
+        descriptor = self._files.open(stored.file)
 
         def piece(start: int) -> int:
             return _fetch(descriptor, target[start : start + _PIECE_BYTES], offset + start)
 
-        self._together(stored, piece, range(0, target.nbytes, _PIECE_BYTES))
-        self.bytes_read += target.nbytes
-
-    def _together(self, stored: StoredTensor, piece: Callable[[int], int], starts: Iterable[int]) -> None:
-        """Run `piece` for each start; it returns how many of its bytes the file does not have."""
         try:
-            missing = sum(self._pool.map(piece, starts))
+            missing = sum(self._pool.map(piece, range(0, target.nbytes, _PIECE_BYTES)))
         except OSError as error:
-            raise CheckpointError(f"{stored.file}: cannot be read: {error.strerror}") from None
+            raise unreadable(stored.file, error.errno) from None
         if missing:
-            raise CheckpointError(f"{stored.file}: is truncated: {stored.name!r} ends {missing} bytes early")
-
-    def _descriptor(self, stored: StoredTensor) -> int:
-        if stored.file not in self._files:
-            try:
-                self._files[stored.file] = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise CheckpointError(f"{stored.file}: cannot be read: {error.strerror}") from None
-        return self._files[stored.file]
+            raise truncated(stored, missing)
+        self.bytes_read += target.nbytes
 
 
 def _fetch(descriptor: int, target: NDArray[np.uint8], offset: int) -> int:

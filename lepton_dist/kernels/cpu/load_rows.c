@@ -24,26 +24,26 @@ struct row_run {
 struct row_loading {
     const struct row_run *runs;
     int64_t num_runs, num_pieces;
-    int64_t next;           /* piece that nobody has taken */
-    int64_t failed;         /* a run that could not be read, or -1 */
-    int64_t error, missing; /* errno, or 0 and how many bytes a file ends early */
+    int64_t next;   /* piece that nobody has taken */
+    int64_t failed; /* a run that could not be read, or -1 */
+    int64_t error;  /* errno, or 0 where its file ends early */
 };
 
-/* Returns how many bytes the file does not have, or -1 with errno. */
-static int64_t fetch(int file, char *to, int64_t bytes, int64_t offset) {
+/* Returns 0, a system error's number, or -1 where the file ends before. */
+static int fetch(int file, char *to, int64_t bytes, int64_t offset) {
     while (bytes > 0) {
         const ssize_t got = pread(file, to, (size_t)bytes, (off_t)offset);
         if (got < 0 && errno == EINTR) continue;
-        if (got < 0) return -1;
-        if (got == 0) break;
+        if (got < 0) return errno;
+        if (got == 0) return -1;
         to += got, offset += got, bytes -= got;
     }
-    return bytes;
+    return 0;
 }
 
-static void give_up(struct row_loading *l, int64_t run, int64_t error, int64_t missing) {
+static void give_up(struct row_loading *l, int64_t run, int error) {
 #pragma omp critical
-    if (l->failed < 0) l->failed = run, l->error = error, l->missing = missing;
+    if (l->failed < 0) l->failed = run, l->error = error;
     __atomic_store_n(&l->next, l->num_pieces, __ATOMIC_RELAXED);
 }
 
@@ -51,9 +51,9 @@ static void load_piece(struct row_loading *l, int64_t number, int64_t piece, cha
     const struct row_run *run = l->runs + number;
     const int64_t from = (piece - run->pieces_before) * run->step;
     const int64_t count = run->rows - from < run->step ? run->rows - from : run->step;
-    const int64_t missing = fetch((int)run->file, buffer, count * run->row_bytes, run->offset + from * run->row_bytes);
-    if (missing) {
-        give_up(l, number, missing < 0 ? errno : 0, missing);
+    const int problem = fetch((int)run->file, buffer, count * run->row_bytes, run->offset + from * run->row_bytes);
+    if (problem) {
+        give_up(l, number, problem > 0 ? problem : 0);
         return;
     }
     if (run->kept < run->row_bytes)
@@ -70,7 +70,7 @@ void lepton_load_rows(struct row_loading *l, int64_t threads) {
     {
         char *buffer = malloc((size_t)most);
         int64_t number = 0, piece;
-        if (buffer == NULL) give_up(l, 0, ENOMEM, 0);
+        if (buffer == NULL) give_up(l, 0, ENOMEM);
         while ((piece = __atomic_fetch_add(&l->next, 1, __ATOMIC_RELAXED)) < l->num_pieces) {
             while (number + 1 < l->num_runs && l->runs[number + 1].pieces_before <= piece) number++;
             load_piece(l, number, piece, buffer);

@@ -10,10 +10,7 @@ from lepton_dist.kernels.cpu.pages import HUGE_PAGE, Pages
 
 
 def fresh_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros that take memory when they are first touched, on huge pages as far as the kernel has them.
-
-    Huge pages are a tenth faster to stream and several times faster to touch first (docs/performance.md).
-    """
+    """Zeros that take memory when they are first touched; what is as large as a huge page lies in `Pages`."""
     count = prod(shape)
     if count * dtype.itemsize < HUGE_PAGE:
         return torch.zeros(shape, dtype=dtype)
