@@ -21,8 +21,12 @@
 #if defined(__clang__) || __GNUC__ >= 10 /* compilers that know these instructions */
 #define HAS_AVX512
 #endif
+#if defined(EMULATED_512) /* a header, for tests on machines without AVX-512, that computes otherwise what it would */
+#define TARGET_512 TARGET
+#else
 #define TARGET_512 \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,prefer-vector-width=512")))
+#endif
 
 /* KERNEL(count) with a constant, so that its loops unroll; a larger count than the last takes the last. */
 #define ROWS_1_TO_3(KERNEL) \

@@ -3,6 +3,9 @@
 #define LEPTON_VECTOR_512_H
 
 #include "vector.h"
+#if defined(EMULATED_512)
+#include EMULATED_512
+#endif
 
 /* 16 values from index `at` of an array of the kind; those from `left` on are zero. */
 INLINE TARGET_512 __m512 load_16(const void *from, int64_t kind, int64_t at, int64_t left) {
@@ -12,6 +15,7 @@ INLINE TARGET_512 __m512 load_16(const void *from, int64_t kind, int64_t at, int
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
+#if !defined(EMULATED_512)
 /* sum + four products of unsigned and signed bytes a lane. Not the intrinsic: around that, compilers copy every sum. */
 INLINE TARGET_512 __m512i add_products(__m512i sum, __m512i weights, __m512i x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
@@ -23,6 +27,7 @@ INLINE TARGET_512 __m512i add_products_bf16(__m512i sum, __m512i a, __m512i b) {
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
 }
+#endif
 
 /* Ask for 128 bytes of memory, as many as a step over a panel reads, to the second cache. */
 INLINE void read_ahead(const char *at) {

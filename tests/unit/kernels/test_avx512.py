@@ -1,0 +1,67 @@
+"""The kernels for AVX-512, on any machine with AVX2: their instructions computed by tests/avx512/instructions.h.
+
+The tests are those that a machine with AVX-512 runs with its own, here in a run of theirs.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from lepton_dist.kernels.cpu.native import native_library
+
+ROOT = Path(__file__).parents[3]
+COMPILER = shutil.which("gcc") or shutil.which("clang")
+# -ffast-math lets a compiler sum in an order that differs from one number of rows to the next, as no instruction does.
+FLAGS = ["-O1", "-fPIC", "-fopenmp", "-Wno-psabi", "-ffp-contract=off"]
+TESTS = [
+    "tests/unit/kernels/test_matmul.py",
+    "tests/unit/kernels/test_paged_attention.py",
+    "tests/unit/kernels/test_pointwise.py",
+    "tests/unit/model/test_native_layer.py",
+    "tests/unit/parallel/test_load.py",
+    "tests/unit/runtime/test_head_start.py",
+    "tests/unit/storage/test_row_loading.py",
+]
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="no C compiler"),
+    pytest.mark.skipif(native_library() is None, reason="no compiled kernels: not built, or no AVX2"),
+]
+
+
+def compile_kernels(folder: Path) -> Path:
+    """The library with its instructions for AVX-512 emulated, from what the package is built of."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    sources = settings["tool"]["setuptools"]["ext-modules"][0]["sources"]
+    header = f'-DEMULATED_512="{ROOT / "tests/avx512/instructions.h"}"'
+    assert COMPILER is not None
+
+    def compile_one(source: str) -> Path:
+        to = folder / Path(source).with_suffix(".o").name
+        subprocess.run([COMPILER, *FLAGS, header, "-c", source, "-o", to], cwd=ROOT, check=True)
+        return to
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    library = folder / "kernels.so"
+    subprocess.run([COMPILER, *FLAGS, "-shared", *objects, "-lm", "-o", library], check=True)
+    return library
+
+
+def test_kernels_for_avx512_pass_the_tests_of_all(tmp_path: Path) -> None:
+    library = compile_kernels(tmp_path)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.avx512.kernels", "--kernels", str(library), *TESTS]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert "AVX512" not in result.stdout  # none was left out for want of it
