@@ -1,83 +1,21 @@
-"""What a command imports: its own modules only, after its options are read, and what of torch it needs."""
+"""Imports that stay: the garbage collector is not to look through what they make, now or in the middle of a step."""
 
 from __future__ import annotations
 
 import gc
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
-
-# Shapes without numbers, for torch's compiler: a third of the time that importing torch takes, and we compile nothing.
-DEFERRED = {"torch._meta_registrations": "torch._dynamo"}
-"""Modules that do not run when they are imported, and those whose import has them run after all."""
 
 
 @contextmanager
 def lasting_imports() -> Iterator[None]:
     """Around what a command imports: its own modules only, and what computes (torch) after its options are read.
 
-    `--help` and a wrong option then need not wait for it, nor `inspect` for MPI. The garbage collector is not to look
-    through what stays for ever, now or in the middle of a step.
+    `--help` and a wrong option then need not wait for it, nor `inspect` for MPI.
     """
-    sys.meta_path.insert(0, Deferral(DEFERRED))
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
         gc.enable()
-
-
-class Deferral(MetaPathFinder):
-    """Finds modules that run when something in them is first asked for, or when another one is imported.
-
-    Unlike `importlib.util.LazyLoader`, whose modules run as soon as a second import looks at them.
-    """
-
-    def __init__(self, users: Mapping[str, str]) -> None:
-        self._users = users
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """The specification of a module that is deferred, its own but for who loads it."""
-        for name, user in self._users.items():
-            module = sys.modules.get(name) if fullname == user else None
-            if isinstance(module, _LaterModule):
-                module.run()
-        spec = PathFinder.find_spec(fullname, path, target) if fullname in self._users else None
-        if spec is not None and spec.loader is not None:
-            spec.loader = _LaterLoader(spec.loader)
-        return spec
-
-
-class _LaterLoader(Loader):
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _LaterModule(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        assert isinstance(module, _LaterModule)
-        module.later = self._loader
-
-
-class _LaterModule(ModuleType):
-    later: Loader | None = None  # who will run it
-
-    def run(self) -> None:
-        """Run it if it has not begun."""
-        loader, self.later = self.later, None
-        if loader is not None:
-            loader.exec_module(self)
-
-    def __getattr__(self, name: str) -> object:
-        # What the import system asks every module (__path__ and the like) is no use of it.
-        if self.later is None or name.startswith("__"):
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        self.run()
-        return getattr(self, name)

@@ -26,6 +26,11 @@ class HeadStart:
         self._packing: Packing | None = None
 
     @property
+    def has_begun(self) -> bool:
+        """Whether there is something to take."""
+        return self._packing is not None
+
+    @property
     def held_bytes(self) -> int:
         """Memory that weights take already."""
         return 0 if self._packing is None else self._packing.held_bytes
@@ -64,11 +69,11 @@ def head_start() -> HeadStart:
 
 
 @contextmanager
-def loading_ahead(model: str, plan_path: str | None, dtype: str | None) -> Iterator[None]:
-    """Begin to load; at the end nothing of it goes on."""
+def loading_ahead(model: str, plan_path: str | None, dtype: str | None) -> Iterator[bool]:
+    """Begin to load, and say whether there was anything: on CPUs, then. At the end nothing of it goes on."""
     head_start().begin(model, plan_path, dtype)
     try:
-        yield
+        yield head_start().has_begun
     finally:
         head_start().close()
 

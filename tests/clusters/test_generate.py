@@ -82,7 +82,12 @@ class TestHosts:
         assert sent[0] > 6 * 24 * 256 * 4, sent
 
     @pytest.mark.parametrize(
-        ("number", "mesh"), [(signal.SIGSTOP, "pp: 3"), (signal.SIGKILL, "pp: 3"), (signal.SIGKILL, "tp: 3")]
+        ("number", "mesh"),
+        [
+            (signal.SIGSTOP, "pp: 3"),
+            pytest.param(signal.SIGKILL, "pp: 3", marks=pytest.mark.slow),
+            (signal.SIGKILL, "tp: 3"),
+        ],
     )
     def test_a_lost_rank_ends_the_job(
         self, hosts: netns.Hosts, number: signal.Signals, mesh: str, tmp_path: Path

@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 PYTEST = ["-m", "pytest", "--with-mpi", "-q", "-x", "-p", "no:cacheprovider", f"--confcutdir={HERE}"]
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_cases(ranks: int) -> None:
     cases = sorted(HERE.glob("cases_*.py"))
     job = run([*PYTEST, *cases], ranks=ranks, seconds=150)

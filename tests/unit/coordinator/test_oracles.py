@@ -149,8 +149,8 @@ def every_plan(num_ranks: int) -> Iterator[tuple[Replica, ...]]:
     ("speeds", "nodes", "memory"),
     [
         ([1.0, 1.0, 1.0], [0, 0, 1], 8 << 30),
-        ([4.0, 1.0, 1.0], [0, 1, 1], 8 << 30),
-        ([1.0, 2.0, 8.0], [0, 1, 2], 8 << 30),
+        pytest.param([4.0, 1.0, 1.0], [0, 1, 1], 8 << 30, marks=pytest.mark.slow),
+        pytest.param([1.0, 2.0, 8.0], [0, 1, 2], 8 << 30, marks=pytest.mark.slow),
         ([1.0, 2.0, 2.0], [0, 0, 0], 30 << 20),
         ([1.0, 1.0, 4.0], [0, 1, 2], 26 << 20),
     ],
