@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.harness import Finished, run
 
 
@@ -42,6 +44,7 @@ def test_what_is_wrong_is_told_before_anything_is_measured(tmp_path: Path) -> No
     assert "Traceback" not in job.stderr, job.report()
 
 
+@pytest.mark.slow  # half a minute, of which the machine's own rates take most
 def test_what_was_measured_stands_there_when_the_next_setting_fails(tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     plan.write_text("mesh: {tp: 1}\nengine: {kv_cache_bytes: 1}\n")
