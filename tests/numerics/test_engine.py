@@ -96,7 +96,9 @@ def roomy(model: Path) -> Ran:
     return ran
 
 
-@pytest.mark.parametrize("name", ["one", "tp2", "pp2", pytest.param("pp3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if ranks > 2 else []) for name, (ranks, _) in PLANS.items()]
+)
 def test_a_small_cache_changes_no_text(name: str, model: Path, roomy: Ran, reference: Reference) -> None:
     ranks, plan = PLANS[name]
     # 25 blocks of 8 tokens on each rank: about three of the 24 sequences that may run fit at their full length.

@@ -90,7 +90,7 @@ def test_the_plan_is_one_that_can_be_loaded() -> None:
     assert parse_plan(plan_to_yaml(plan)).resolve(SHAPE, 2) == plan
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([1.0, 2.0]), st.integers(0, 2)), min_size=1, max_size=5), st.data())
 def test_no_plan_breaks_the_memory_of_a_rank(parts: list[tuple[float, int]], data: st.DataObject) -> None:
     cluster = machines([speed for speed, _ in parts], [node for _, node in parts])

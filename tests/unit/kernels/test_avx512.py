@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lepton_dist.kernels.cpu.native import native_library
+from tests.harness import run
 
 ROOT = Path(__file__).parents[3]
 COMPILER = shutil.which("gcc") or shutil.which("clang")
@@ -58,10 +58,6 @@ def compile_kernels(folder: Path) -> Path:
 
 def test_kernels_for_avx512_pass_the_tests_of_all(tmp_path: Path) -> None:
     library = compile_kernels(tmp_path)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.avx512.kernels", "--kernels", str(library), *TESTS]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert "AVX512" not in result.stdout  # none was left out for want of it
+    job = run(["-m", "pytest", "-q", "-p", "tests.avx512.kernels", "--kernels", library, *TESTS], seconds=600)
+    assert job.returncode == 0, job.report()
+    assert "AVX512" not in job.stdout  # none was left out for want of it
