@@ -1,4 +1,4 @@
-/* The instructions of AVX-512 that the kernels use, computed without them: in the order and with the roundings of Intel's
+/* The instructions of AVX-512 and AMX that the kernels use, computed without them: in the order and with the roundings of Intel's
  * manual (Software Developer's Manual, volume 2), but that numbers too small for a normal float are not flushed to zero.
  *
  * vector_512.h includes this where EMULATED_512 names it.
@@ -73,6 +73,7 @@ E e_floats e_set1_ps(float x) {
 
 /* Arithmetic, lane by lane. */
 #define _mm512_add_epi32(a, b) ((a) + (b))
+#define _mm512_sub_epi32(a, b) ((a) - (b))
 #define _mm512_add_epi16(a, b) ((e_words)((e_halves)(a) + (e_halves)(b)))
 #define _mm512_sub_epi16(a, b) ((e_words)((e_halves)(a) - (e_halves)(b)))
 #define _mm512_mullo_epi16(a, b) ((e_words)((e_halves)(a) * (e_halves)(b)))
@@ -259,6 +260,53 @@ UNPACK(e_unpackhi_epi64, e_quads, 2, 1)
 #define _mm512_unpackhi_epi32 e_unpackhi_epi32
 #define _mm512_unpacklo_epi64 e_unpacklo_epi64
 #define _mm512_unpackhi_epi64 e_unpackhi_epi64
+
+/* Tiles, all of them whole: 16 rows of 64 bytes. EMULATED_TILES says whether the kernels are to use them. */
+union e_tile {
+    uint8_t bytes[16][64];
+    int8_t signed_bytes[16][64];
+    uint16_t halves[16][32];
+    int32_t words[16][16];
+    float floats[16][16];
+};
+static __thread union e_tile e_tiles[8];
+E void e_tile_load(int to, const void *from, int64_t stride) {
+    EACH(16) memcpy(e_tiles[to].bytes[i], (const char *)from + i * stride, 64);
+}
+E void e_tile_store(int from, void *to, int64_t stride) {
+    EACH(16) memcpy((char *)to + i * stride, e_tiles[from].bytes[i], 64);
+}
+/* Every result apart: even and odd products of a step are summed each on their own, then together, then to the rest. */
+E void e_tile_dpbf16ps(int to, int a, int b) {
+    for (int row = 0; row < 16; row++)
+        EACH(16) {
+            float even = 0, odd = 0;
+            for (int k = 0; k < 16; k++) {
+                even += bf16_to_float(e_tiles[a].halves[row][2 * k]) * bf16_to_float(e_tiles[b].halves[k][2 * i]);
+                odd += bf16_to_float(e_tiles[a].halves[row][2 * k + 1]) * bf16_to_float(e_tiles[b].halves[k][2 * i + 1]);
+            }
+            e_tiles[to].floats[row][i] += even + odd;
+        }
+}
+E void e_tile_dpbsud(int to, int a, int b) {
+    for (int row = 0; row < 16; row++)
+        EACH(16) for (int k = 0; k < 64; k++)
+            e_tiles[to].words[row][i] += e_tiles[a].signed_bytes[row][k] * e_tiles[b].bytes[k / 4][4 * i + k % 4];
+}
+#undef _tile_loadconfig
+#undef _tile_release
+#undef _tile_zero
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbf16ps
+#undef _tile_dpbsud
+#define _tile_loadconfig(shapes) ((void)(shapes), memset(e_tiles, 0, sizeof e_tiles))
+#define _tile_release() ((void)memset(e_tiles, 255, sizeof e_tiles))
+#define _tile_zero(tile) ((void)memset(e_tiles + (tile), 0, sizeof e_tiles[0]))
+#define _tile_loadd e_tile_load
+#define _tile_stored e_tile_store
+#define _tile_dpbf16ps e_tile_dpbf16ps
+#define _tile_dpbsud e_tile_dpbsud
 
 #undef E
 #undef EACH

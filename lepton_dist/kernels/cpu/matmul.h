@@ -23,6 +23,7 @@ struct matmul_call {
 };
 
 INLINE int64_t num_panels(int64_t out) { return (out + PANEL - 1) / PANEL; }
+INLINE int64_t up_to(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
 enum purpose { ACTIVATIONS, EXPANDED_PANEL, NUM_PURPOSES };
 
@@ -46,11 +47,15 @@ INLINE PANEL_TARGET void write_y(const struct matmul_call *c, int64_t row, int64
     narrow(values, count, c->y, c->y_kind, at);
 }
 
+#define MOST_UNIT 16
+
 /* What tells the kinds apart: x is laid out in blocks of up to `rows` rows, `row_bytes` each, and a block is multiplied
    with a panel of `panel_bytes`: at once, or `depth` of `in` after `depth`, each expanded once for all blocks, in which
-   case `multiply` adds to `values` from the second on. */
+   case `multiply` adds to `values` from the second on. Blocks are multiples of `unit` rows, of at most MOST_UNIT, but the
+   last, which has room for one. */
 struct matmul_kind {
-    int64_t rows, row_bytes, panel_bytes, depth, expanded_bytes;
+    int64_t rows, row_bytes, panel_bytes, depth, expanded_bytes, unit;
+    void (*enter)(void), (*leave)(void); /* by each thread, before and after all its blocks; or NULL */
     void (*expand)(const struct matmul_call *c, const void *panel, int64_t k, void *expanded); /* NULL: not expanded */
     void (*lay_out)(const struct matmul_call *c, int64_t from, int64_t count, void *block);
     void (*multiply)(
@@ -63,11 +68,12 @@ struct matmul_kind {
    no memory. */
 static inline PANEL_TARGET int matmul(const struct matmul_call *c, const struct matmul_kind *kind) {
     const int64_t most = c->rows < CHUNK_ROWS ? c->rows : CHUNK_ROWS;
-    char *packed = scratch(ACTIVATIONS, most * kind->row_bytes);
+    char *packed = scratch(ACTIVATIONS, up_to(most, kind->unit) * kind->row_bytes);
     int has_memory = packed != NULL;
     for (int64_t from = 0; has_memory && from < c->rows; from += CHUNK_ROWS) {
         const int64_t rows = c->rows - from < CHUNK_ROWS ? c->rows - from : CHUNK_ROWS;
-        const int64_t blocks = (rows + kind->rows - 1) / kind->rows, block_rows = (rows + blocks - 1) / blocks;
+        const int64_t least = (rows + kind->rows - 1) / kind->rows;
+        const int64_t block_rows = up_to((rows + least - 1) / least, kind->unit), blocks = (rows + block_rows - 1) / block_rows;
 #pragma omp parallel num_threads(c->threads)
         {
             void *expanded = kind->expand == NULL ? NULL : scratch(EXPANDED_PANEL, kind->expanded_bytes);
@@ -75,6 +81,7 @@ static inline PANEL_TARGET int matmul(const struct matmul_call *c, const struct 
 #pragma omp atomic write
                 has_memory = 0;
             }
+            if (kind->enter != NULL) kind->enter();
 #pragma omp for schedule(static)
             for (int64_t b = 0; b < blocks; b++) {
                 const int64_t first = b * block_rows, left = rows - first;
@@ -84,7 +91,7 @@ static inline PANEL_TARGET int matmul(const struct matmul_call *c, const struct 
 #pragma omp for schedule(guided, 1)
             for (int64_t p = 0; p < num_panels(c->out); p++) {
                 const char *panel = (const char *)c->weights + p * kind->panel_bytes;
-                float values[CHUNK_ROWS * PANEL] __attribute__((aligned(64)));
+                float values[(CHUNK_ROWS + MOST_UNIT) * PANEL] __attribute__((aligned(64)));
                 if (kind->expand != NULL && expanded == NULL) continue;
                 for (int64_t k = 0; k < c->in; k += kind->depth) {
                     const char *here = panel + kind->panel_bytes * k / c->in;
@@ -103,6 +110,7 @@ static inline PANEL_TARGET int matmul(const struct matmul_call *c, const struct 
                 }
                 for (int64_t r = 0; r < rows; r++) write_y(c, from + r, p, values + r * PANEL);
             }
+            if (kind->leave != NULL) kind->leave();
         }
     }
     return !has_memory;

@@ -10,18 +10,24 @@
 #define PANEL 32
 #define PANEL_TARGET TARGET_512
 #include "matmul.h"
+#include "tiles.h"
 #include "vector_512.h"
 
 #define DEPTH 512 /* k of x that share a scale; 512 x 32 bytes of weights stay in the first cache */
 
-INLINE int64_t up_to(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
-
 /* How a block of rounded rows lies: bytes [padded in / 4][count][4], scales [depths][count], and sums of the rounded values
-   times `excess` [depths * DEPTH / share][count]: what the products with unsigned weights are too large by. */
+   times `excess` [depths * DEPTH / share][count]: what the products with unsigned weights are too large by. For tiles the
+   bytes are [padded in / 64][count][64], and `count` is a multiple of 16. */
 struct bytes_layout {
     int64_t padded, share;
     int32_t excess;
+    int is_for_tiles;
 };
+
+/* Whether matrix instructions take the rows of x, of `bytes` each: more than a few, and whole tiles. */
+INLINE int fits_tiles(const struct matmul_call *c, int64_t bytes) {
+    return c->rows > MOST_ROWS && bytes % (TILE_WORDS * 4) == 0 && lepton_has_tiles();
+}
 
 INLINE int64_t num_depths(const struct bytes_layout *l) { return (l->padded + DEPTH - 1) / DEPTH; }
 INLINE int64_t byte_row_bytes(const struct bytes_layout *l) {
@@ -38,8 +44,9 @@ INLINE const int32_t *byte_excess(const struct bytes_layout *l, const void *bloc
 INLINE TARGET_512 void round_to_bytes(
     const struct matmul_call *c, const struct bytes_layout *l, int64_t from, int64_t count, void *block
 ) {
-    float *scales = (float *)byte_scales(l, block, count);
-    int32_t *excess = (int32_t *)byte_excess(l, block, count);
+    const int64_t rows = l->is_for_tiles ? up_to(count, TILE_ROWS) : count;
+    float *scales = (float *)byte_scales(l, block, rows);
+    int32_t *excess = (int32_t *)byte_excess(l, block, rows);
     const __m512 no_sign = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
     for (int64_t r = 0; r < count; r++)
         for (int64_t k0 = 0; k0 < l->padded; k0 += DEPTH) {
@@ -52,7 +59,7 @@ INLINE TARGET_512 void round_to_bytes(
             }
             const float highest = _mm512_reduce_max_ps(most);
             const __m512 inverse = _mm512_set1_ps(highest > 0 ? 127.0f / highest : 0);
-            scales[number * count + r] = highest / 127.0f;
+            scales[number * rows + r] = highest / 127.0f;
             for (int64_t k1 = 0; k1 < depth; k1 += l->share) {
                 __m512i sum = _mm512_setzero_si512();
                 for (int64_t k = k1; k < k1 + l->share && k < depth; k += 16) {
@@ -60,10 +67,12 @@ INLINE TARGET_512 void round_to_bytes(
                     int32_t quads[4];
                     sum = _mm512_add_epi32(sum, whole);
                     _mm_storeu_si128((__m128i *)quads, _mm512_cvtepi32_epi8(whole));
-                    for (int64_t q = 0; q < 4 && k + 4 * q < depth; q++)
-                        ((int32_t *)block)[((k0 + k) / 4 + q) * count + r] = quads[q];
+                    for (int64_t q = 0; q < 4 && k + 4 * q < depth; q++) {
+                        const int64_t quad = (k0 + k) / 4 + q;
+                        ((int32_t *)block)[l->is_for_tiles ? tile_place(quad, r, rows) : quad * rows + r] = quads[q];
+                    }
                 }
-                excess[(number * (DEPTH / l->share) + k1 / l->share) * count + r] = _mm512_reduce_add_epi32(sum) * l->excess;
+                excess[(number * (DEPTH / l->share) + k1 / l->share) * rows + r] = _mm512_reduce_add_epi32(sum) * l->excess;
             }
         }
 }
@@ -86,5 +95,36 @@ INLINE TARGET_512 void multiply_depth(
         _mm512_storeu_ps(values + i * 16, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i]), scale, before));
     }
 }
+
+#if defined(HAS_TILES)
+#define BY_TILES .rows = MOST_TILE_ROWS, .unit = TILE_ROWS, .enter = take_tiles, .leave = put_tiles_away
+
+/* As `multiply_depth`, with the same results, for up to 32 rows. */
+INLINE TARGET_TILES void multiply_depth_by_tiles(
+    const struct bytes_layout *l, const void *block, const void *weights, int64_t k, const float *scales, float *values,
+    const char *ahead, int64_t count
+) {
+    const int64_t depth = l->padded - k < DEPTH ? l->padded - k : DEPTH, number = k / DEPTH;
+    const int64_t rows = up_to(count, TILE_ROWS);
+    const char *x = (const char *)block + k * rows;
+    const int32_t *excess = byte_excess(l, block, rows) + number * rows;
+    const float *row_scales = byte_scales(l, block, rows) + number * rows;
+    int32_t sums[MOST_TILE_ROWS * PANEL] __attribute__((aligned(64)));
+    load_sums(NULL, 1);
+    if (count > TILE_ROWS) {
+        multiply_tiles(x, weights, depth / 64, 1, BYTES, ahead);
+        store_sums(sums, 1);
+    } else {
+        multiply_tiles(x, weights, depth / 64, 0, BYTES, ahead);
+        store_sums(sums, 0);
+    }
+    for (int64_t i = 0; i < 2 * count; i++) {
+        const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums + i * 16), _mm512_set1_epi32(excess[i / 2]));
+        const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(row_scales[i / 2]), _mm512_loadu_ps(scales + i % 2 * 16));
+        const __m512 before = k == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(values + i * 16);
+        _mm512_storeu_ps(values + i * 16, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, before));
+    }
+}
+#endif
 
 #endif

@@ -1,5 +1,5 @@
 /* Matmul with bfloat16 weights and activations for AVX-512 with BF16: two neighbouring k an instruction (vdpbf16ps), summed
- * in float32.
+ * in float32. Where there are matrix instructions more than a few rows are multiplied by those.
  *
  * A panel is [in / 2][32][2] halves; an odd `in` ends with zeros.
  */
@@ -44,12 +44,58 @@ static TARGET_512 void lay_out(const struct matmul_call *c, int64_t from, int64_
         }
 }
 
+#if defined(HAS_TILES)
+/* Likewise -> [in / 32][count, or more][32], for tiles. `in` is a multiple of 32. */
+static TARGET_512 void lay_out_tiles(const struct matmul_call *c, int64_t from, int64_t count, void *block) {
+    const int64_t rows = up_to(count, TILE_ROWS);
+    for (int64_t r = 0; r < count; r++)
+        for (int64_t k = 0; k < c->in; k += 16) {
+            const __m512 values = load_16(c->x, c->x_kind, (from + r) * c->x_stride + k, 16);
+            _mm256_storeu_si256((__m256i *)((int32_t *)block + tile_place(k / 2, r, rows)), (__m256i)_mm512_cvtneps_pbh(values));
+        }
+}
+
+static TARGET_TILES void multiply_rows_by_tiles(
+    const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, int64_t k,
+    float *values, const char *ahead
+) {
+    const int64_t left = c->in - k, steps = (left < DEPTH ? left : DEPTH) / 32;
+    const char *weights = (const char *)panel + k * PANEL * 2;
+    (void)number;
+#define MULTIPLY(is_wide) \
+    load_sums(k == 0 ? NULL : values, is_wide); \
+    multiply_tiles((const char *)block + k * (is_wide ? MOST_TILE_ROWS : TILE_ROWS) * 2, weights, steps, is_wide, HALVES, ahead); \
+    store_sums(values, is_wide)
+    if (count > TILE_ROWS) {
+        MULTIPLY(1);
+    } else {
+        MULTIPLY(0);
+    }
+#undef MULTIPLY
+}
+#endif
+
 /* 0, or 1 when there is no memory. */
 int lepton_matmul_bf16_512(const struct matmul_call *c) {
+#if defined(HAS_TILES)
+    if (fits_tiles(c, c->in * 2))
+        return matmul(
+            c,
+            &(struct matmul_kind){
+                BY_TILES,
+                .row_bytes = c->in * 2,
+                .panel_bytes = c->in * 2 * PANEL,
+                .depth = DEPTH,
+                .lay_out = lay_out_tiles,
+                .multiply = multiply_rows_by_tiles,
+            }
+        );
+#endif
     return matmul(
         c,
         &(struct matmul_kind){
             .rows = MOST_ROWS,
+            .unit = 1,
             .row_bytes = up_to(c->in, 2) * 2,
             .panel_bytes = up_to(c->in, 2) * PANEL * 2,
             .depth = PAIR_DEPTH,

@@ -22,8 +22,8 @@ INLINE int has_many_rows(const struct matmul_call *c) { return c->rows >= 12 + c
 
 INLINE struct bytes_layout layout_of(const struct matmul_call *c) {
     const int64_t padded = up_to(c->in, c->group);
-    return has_many_rows(c) ? (struct bytes_layout){.padded = padded, .share = DEPTH, .excess = 128}
-                            : (struct bytes_layout){.padded = padded, .share = c->group, .excess = 8};
+    if (!has_many_rows(c)) return (struct bytes_layout){.padded = padded, .share = c->group, .excess = 8};
+    return (struct bytes_layout){.padded = padded, .share = DEPTH, .excess = 128, .is_for_tiles = fits_tiles(c, padded)};
 }
 
 /* DEPTH of x, rounded to bytes, times that of a panel, added to values [rows][32], or put there when it is the first. */
@@ -134,6 +134,18 @@ static TARGET_512 void multiply_many_rows(
 #undef KERNEL
 }
 
+#if defined(HAS_TILES)
+static TARGET_TILES void multiply_many_rows_by_tiles(
+    const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, int64_t k,
+    float *values, const char *ahead
+) {
+    const struct bytes_layout layout = layout_of(c);
+    const struct expanded *expanded = panel;
+    (void)number;
+    multiply_depth_by_tiles(&layout, block, expanded->weights, k, expanded->scales, values, ahead, count);
+}
+#endif
+
 static TARGET_512 void round_rows(const struct matmul_call *c, int64_t from, int64_t count, void *block) {
     const struct bytes_layout layout = layout_of(c);
     round_to_bytes(c, &layout, from, count, block);
@@ -143,10 +155,27 @@ static TARGET_512 void round_rows(const struct matmul_call *c, int64_t from, int
 int lepton_matmul_int4_512(const struct matmul_call *c) {
     const int is_expanded = has_many_rows(c);
     const struct bytes_layout layout = layout_of(c);
+#if defined(HAS_TILES)
+    if (layout.is_for_tiles)
+        return matmul(
+            c,
+            &(struct matmul_kind){
+                BY_TILES,
+                .row_bytes = byte_row_bytes(&layout),
+                .panel_bytes = layout.padded / c->group * group_bytes(c->group),
+                .depth = DEPTH,
+                .expanded_bytes = sizeof(struct expanded),
+                .expand = expand,
+                .lay_out = round_rows,
+                .multiply = multiply_many_rows_by_tiles,
+            }
+        );
+#endif
     return matmul(
         c,
         &(struct matmul_kind){
             .rows = MOST_ROWS,
+            .unit = 1,
             .row_bytes = byte_row_bytes(&layout),
             .panel_bytes = layout.padded / c->group * group_bytes(c->group),
             .depth = DEPTH,

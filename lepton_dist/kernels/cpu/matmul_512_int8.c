@@ -7,7 +7,8 @@
 #include "matmul_512.h"
 
 INLINE struct bytes_layout layout_of(const struct matmul_call *c) {
-    return (struct bytes_layout){.padded = up_to(c->in, 4), .share = DEPTH, .excess = 128};
+    const int64_t padded = up_to(c->in, 4);
+    return (struct bytes_layout){.padded = padded, .share = DEPTH, .excess = 128, .is_for_tiles = fits_tiles(c, padded)};
 }
 
 static TARGET_512 void multiply_rows(
@@ -27,13 +28,39 @@ static TARGET_512 void round_rows(const struct matmul_call *c, int64_t from, int
     round_to_bytes(c, &layout, from, count, block);
 }
 
+#if defined(HAS_TILES)
+static TARGET_TILES void multiply_rows_by_tiles(
+    const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, int64_t k,
+    float *values, const char *ahead
+) {
+    const struct bytes_layout layout = layout_of(c);
+    const float *scales = (const float *)c->scales + number * PANEL;
+    multiply_depth_by_tiles(&layout, block, (const uint8_t *)panel + k * PANEL, k, scales, values, ahead, count);
+}
+#endif
+
 /* scales float32 [out]. 0, or 1 when there is no memory. */
 int lepton_matmul_int8_512(const struct matmul_call *c) {
     const struct bytes_layout layout = layout_of(c);
+#if defined(HAS_TILES)
+    if (layout.is_for_tiles)
+        return matmul(
+            c,
+            &(struct matmul_kind){
+                BY_TILES,
+                .row_bytes = byte_row_bytes(&layout),
+                .panel_bytes = layout.padded * PANEL,
+                .depth = DEPTH,
+                .lay_out = round_rows,
+                .multiply = multiply_rows_by_tiles,
+            }
+        );
+#endif
     return matmul(
         c,
         &(struct matmul_kind){
             .rows = MOST_ROWS,
+            .unit = 1,
             .row_bytes = byte_row_bytes(&layout),
             .panel_bytes = layout.padded * PANEL,
             .depth = DEPTH,

@@ -2,6 +2,8 @@
 #include <cpuid.h>
 #endif
 #include <omp.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "vector.h"
 
@@ -26,13 +28,38 @@ enum vector_level lepton_vector_level(void) {
 #endif
 }
 
-/* Whether oneDNN's product in bfloat16 beats ours here: by matrix instructions, or by AVX-512 where that lacks BF16. */
+#if defined(HAS_TILES) && !defined(EMULATED_512)
+/* Linux gives the registers of tiles, whose state is large, only to processes that ask for them. */
+static int may_use_tiles(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    unsigned a, b, c, d;
+    const unsigned needed = 1u << 24 | 1u << 22 | 1u << 25; /* tiles, their products of bfloat16 and of bytes */
+    return lepton_vector_level() == AVX512 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & needed) == needed &&
+           syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+#endif
+
+/* Whether this process may use matrix instructions, in kernels of ours. */
+int lepton_has_tiles(void) {
+#if defined(EMULATED_TILES)
+    return 1;
+#elif defined(HAS_TILES) && !defined(EMULATED_512)
+    static int found = -1; /* threads that come here together find the same */
+    if (found < 0) found = may_use_tiles();
+    return found;
+#else
+    return 0;
+#endif
+}
+
+/* Whether oneDNN's product in bfloat16 beats ours here: by matrix instructions that ours lack, or by AVX-512 where that
+   lacks BF16. */
 int lepton_leaves_bf16(void) {
 #if defined(__x86_64__)
     unsigned a, b, c, d;
     const int has_tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1);
     const int has_512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return has_tiles || (has_512 && lepton_vector_level() < AVX512);
+    return (has_tiles && !lepton_has_tiles()) || (has_512 && lepton_vector_level() < AVX512);
 #else
     return 0;
 #endif

@@ -21,11 +21,18 @@
 #if defined(__clang__) || __GNUC__ >= 10 /* compilers that know these instructions */
 #define HAS_AVX512
 #endif
+#if defined(HAS_AVX512) && defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
+#define HAS_TILES
+#endif
 #if defined(EMULATED_512) /* a header, for tests on machines without AVX-512, that computes otherwise what it would */
 #define TARGET_512 TARGET
+#define TARGET_TILES TARGET
 #else
 #define TARGET_512 \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,prefer-vector-width=512")))
+#define TARGET_TILES \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,prefer-vector-width=512," \
+                          "amx-tile,amx-bf16,amx-int8")))
 #endif
 
 /* KERNEL(count) with a constant, so that its loops unroll; a larger count than the last takes the last. */
@@ -52,6 +59,7 @@
 enum vector_level { NO_VECTORS, AVX2, AVX512 };
 
 enum vector_level lepton_vector_level(void);
+int lepton_has_tiles(void);
 
 #if defined(__x86_64__)
 

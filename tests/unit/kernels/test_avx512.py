@@ -1,4 +1,4 @@
-"""The kernels for AVX-512, on any machine with AVX2: their instructions computed by tests/avx512/instructions.h.
+"""The kernels for AVX-512 and AMX, on any machine with AVX2: their instructions computed by tests/avx512/instructions.h.
 
 The tests are those that a machine with AVX-512 runs with its own, here in a run of theirs.
 """
@@ -21,11 +21,11 @@ ROOT = Path(__file__).parents[3]
 COMPILER = shutil.which("gcc") or shutil.which("clang")
 # -ffast-math lets a compiler sum in an order that differs from one number of rows to the next, as no instruction does.
 FLAGS = ["-O1", "-fPIC", "-fopenmp", "-Wno-psabi", "-ffp-contract=off"]
+MATMUL_TESTS = ["tests/unit/kernels/test_matmul.py", "tests/unit/model/test_native_layer.py"]
 TESTS = [
-    "tests/unit/kernels/test_matmul.py",
+    *MATMUL_TESTS,
     "tests/unit/kernels/test_paged_attention.py",
     "tests/unit/kernels/test_pointwise.py",
-    "tests/unit/model/test_native_layer.py",
     "tests/unit/parallel/test_load.py",
     "tests/unit/runtime/test_head_start.py",
     "tests/unit/storage/test_row_loading.py",
@@ -37,7 +37,7 @@ pytestmark = [
 ]
 
 
-def compile_kernels(folder: Path) -> Path:
+def compile_kernels(folder: Path, *flags: str) -> Path:
     """The library with its instructions for AVX-512 emulated, from what the package is built of."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     sources = settings["tool"]["setuptools"]["ext-modules"][0]["sources"]
@@ -46,7 +46,7 @@ def compile_kernels(folder: Path) -> Path:
 
     def compile_one(source: str) -> Path:
         to = folder / Path(source).with_suffix(".o").name
-        subprocess.run([COMPILER, *FLAGS, header, "-c", source, "-o", to], cwd=ROOT, check=True)
+        subprocess.run([COMPILER, *FLAGS, *flags, header, "-c", source, "-o", to], cwd=ROOT, check=True)
         return to
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -56,8 +56,12 @@ def compile_kernels(folder: Path) -> Path:
     return library
 
 
-def test_kernels_for_avx512_pass_the_tests_of_all(tmp_path: Path) -> None:
-    library = compile_kernels(tmp_path)
-    job = run(["-m", "pytest", "-q", "-p", "tests.avx512.kernels", "--kernels", library, *TESTS], seconds=600)
+@pytest.mark.parametrize(
+    ("flags", "tests"),
+    [pytest.param([], TESTS, id="avx512"), pytest.param(["-DEMULATED_TILES"], MATMUL_TESTS, id="amx")],
+)
+def test_kernels_pass_the_tests_of_all(flags: list[str], tests: list[str], tmp_path: Path) -> None:
+    library = compile_kernels(tmp_path, *flags)
+    job = run(["-m", "pytest", "-q", "-p", "tests.avx512.kernels", "--kernels", library, *tests], seconds=600)
     assert job.returncode == 0, job.report()
     assert "AVX512" not in job.stdout  # none was left out for want of it

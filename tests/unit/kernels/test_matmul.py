@@ -24,8 +24,14 @@ at_each_level = pytest.mark.parametrize(
         for level in (VectorLevel.AVX2, VectorLevel.AVX512)
     ],
 )
+whole_tiles = st.integers(1, 18).map(lambda steps: 64 * steps)  # inputs that matrix instructions take
 sizes = st.tuples(st.integers(1, 30), st.integers(1, 1200), st.integers(1, 70))
 INT4 = ["int4", "int4-64", "int4-128"]
+
+
+def has_tiles() -> bool:
+    library = native_library()
+    return library is not None and bool(library.lepton_has_tiles())
 
 
 def rounded_x(kind: str, level: VectorLevel) -> tuple[int, int]:
@@ -111,7 +117,7 @@ def test_weights_round_as_the_reference_also_where_two_are_the_largest(kind: str
 @at_each_level
 @pytest.mark.parametrize("kind", INT4)
 @settings(max_examples=60, deadline=None)
-@given(shape=st.tuples(st.integers(33, 60), st.integers(1, 1200), st.integers(1, 70)))
+@given(shape=st.tuples(st.integers(33, 60), st.integers(1, 1200) | whole_tiles, st.integers(1, 70)))
 def test_expanded_panels_equal_the_reference(kind: str, level: VectorLevel, shape: tuple[int, int, int]) -> None:
     x, weight = case(*shape)
     weight[:, : shape[1] // 2] *= 30  # scales of one row that lie far apart
@@ -149,12 +155,25 @@ def test_more_rows_than_fit_a_chunk(kind: str, level: VectorLevel, threads: int)
     finally:
         torch.set_num_threads(before)
     alone = torch.cat([PanelWeight.of(weight.bfloat16(), kind, level).matmul(row) for row in x.split(1)])
-    if level == VectorLevel.AVX512 and kind != "int4":
+    if level == VectorLevel.AVX512 and (kind == "int8" or (kind == "bfloat16" and not has_tiles())):
         assert torch.equal(together, alone)  # a row's sums are its own affair
         return
     # The order of additions depends on the number of rows; the rounding of x does not.
     # ... but int4 is expanded for many rows, to weights that are rounded once more or for x in 11 bits instead of 8.
     assert error(together, alone.double()) < (2e-2 if kind == "int4" else 1e-6)
+
+
+@at_each_level
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+@settings(max_examples=25, deadline=None)
+@given(shape=st.tuples(st.integers(13, 50), whole_tiles, st.integers(1, 70)))
+def test_many_rows_of_whole_tiles_equal_single_ones(kind: str, level: VectorLevel, shape: tuple[int, int, int]) -> None:
+    x, weight = case(*shape)
+    form = PanelWeight.of(weight.bfloat16(), kind, level)
+    together, alone = form.matmul(x), torch.cat([form.matmul(row) for row in x.split(1)])
+    if kind == "int8" and level == VectorLevel.AVX512:
+        assert torch.equal(together, alone)  # sums of whole numbers
+    assert error(together, alone.double()) < 1e-6
 
 
 @pytest.mark.parametrize(("kind", "most"), [("int8", 0.012), ("int4", 0.12)])
@@ -193,7 +212,7 @@ def test_zeros_stay_zeros(kind: str) -> None:
 @needs_panels
 def test_bfloat16_is_left_to_onednn_where_it_has_the_better_instructions() -> None:
     """We ask the CPU, before torch is there; it must agree with what torch finds."""
-    is_ours = vector_level() == VectorLevel.AVX512 and not torch.cpu._is_amx_tile_supported()
+    is_ours = vector_level() == VectorLevel.AVX512 and (has_tiles() or not torch.cpu._is_amx_tile_supported())
     is_ours = is_ours or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert panel_kind("bfloat16") == ("bfloat16" if is_ours else None)
 

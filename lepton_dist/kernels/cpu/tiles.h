@@ -1,0 +1,98 @@
+/* Matrix instructions (AMX): 16 rows of x at a time, 64 bytes of each, with 64 bytes of 16 output features, in tiles.
+ *
+ * Eight tile registers hold 16 rows of 64 bytes each: two with rows of x, two with weights, four with the sums of 32 rows
+ * and 32 features, a panel. Weights are read as they lie in the panels of matmul_512.h: words (two bfloat16, or four
+ * bytes) of neighbouring k, [words][2 x 16 features].
+ */
+#ifndef LEPTON_TILES_H
+#define LEPTON_TILES_H
+
+#include "vector_512.h"
+
+#define TILE_ROWS 16
+#define MOST_TILE_ROWS (2 * TILE_ROWS)                   /* of x, whose sums are held */
+#define TILE_WORDS 16                                    /* words of k that an instruction goes over */
+#define WORD_STRIDE 128                                  /* bytes from one word of a panel to the next */
+#define STEP_BYTES ((int64_t)TILE_WORDS * WORD_STRIDE)   /* of a panel, that an instruction goes over */
+#define SUM_STRIDE 128                                   /* bytes from one row of sums to the next: a panel's features */
+
+/* Rows of x lie in blocks as tiles are: [words / 16][rows][16 words]. */
+INLINE int64_t tile_place(int64_t word, int64_t row, int64_t rows) {
+    return (word / TILE_WORDS * rows + row) * TILE_WORDS + word % TILE_WORDS;
+}
+
+#if defined(HAS_TILES)
+
+/* All tiles whole. For the calling thread, until `put_tiles_away`; others than us may use them in between. */
+INLINE TARGET_TILES void take_tiles(void) {
+    /* Constant: compilers do not know that all of it is read. */
+    static const struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } whole = {
+        .palette = 1,
+        .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64},
+        .rows = {TILE_ROWS, TILE_ROWS, TILE_ROWS, TILE_ROWS, TILE_ROWS, TILE_ROWS, TILE_ROWS, TILE_ROWS},
+    };
+    _tile_loadconfig(&whole);
+}
+
+INLINE TARGET_TILES void put_tiles_away(void) { _tile_release(); }
+
+/* Sums [rows][32] of 16 or, if `is_wide`, 32 rows, from and to memory; from NULL they are zero. Tiles 0 to 3. */
+INLINE TARGET_TILES void load_sums(const void *sums, int is_wide) {
+    const char *at = sums, *below = at + TILE_ROWS * SUM_STRIDE;
+    if (sums == NULL) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        return;
+    }
+    _tile_loadd(0, at, SUM_STRIDE);
+    _tile_loadd(1, at + 64, SUM_STRIDE);
+    if (!is_wide) return;
+    _tile_loadd(2, below, SUM_STRIDE);
+    _tile_loadd(3, below + 64, SUM_STRIDE);
+}
+
+INLINE TARGET_TILES void store_sums(void *sums, int is_wide) {
+    char *at = sums, *below = at + TILE_ROWS * SUM_STRIDE;
+    _tile_stored(0, at, SUM_STRIDE);
+    _tile_stored(1, at + 64, SUM_STRIDE);
+    if (!is_wide) return;
+    _tile_stored(2, below, SUM_STRIDE);
+    _tile_stored(3, below + 64, SUM_STRIDE);
+}
+
+/* Add x [steps][rows][16 words] times weights [steps][16 words][2 x 16 features] to the sums. `ahead` is what to ask memory
+   for meanwhile, or NULL. `is_wide` and `word` are constants where this is called. */
+INLINE TARGET_TILES void multiply_tiles(
+    const char *x, const char *weights, int64_t steps, const int is_wide, const enum word word, const char *ahead
+) {
+    __asm__ volatile("" ::: "memory"); /* compilers do not know that tiles are loaded from memory: all must be there */
+    const int64_t x_step = (is_wide ? MOST_TILE_ROWS : TILE_ROWS) * 64;
+    for (int64_t s = 0; s < steps; s++, x += x_step, weights += STEP_BYTES) {
+        if (ahead != NULL)
+            for (int64_t i = 0; i < STEP_BYTES; i += 128) read_ahead(ahead + s * STEP_BYTES + i);
+        _tile_loadd(6, weights, WORD_STRIDE);
+        _tile_loadd(7, weights + 64, WORD_STRIDE);
+        _tile_loadd(4, x, 64);
+        if (is_wide) _tile_loadd(5, x + TILE_ROWS * 64, 64);
+        if (word == HALVES) {
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if (is_wide) _tile_dpbf16ps(2, 5, 6);
+            if (is_wide) _tile_dpbf16ps(3, 5, 7);
+        } else { /* x is signed, weights are not */
+            _tile_dpbsud(0, 4, 6);
+            _tile_dpbsud(1, 4, 7);
+            if (is_wide) _tile_dpbsud(2, 5, 6);
+            if (is_wide) _tile_dpbsud(3, 5, 7);
+        }
+    }
+}
+
+#endif
+#endif
