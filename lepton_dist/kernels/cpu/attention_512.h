@@ -3,12 +3,14 @@
  * A task's rows, query tokens x the query heads of a KV head, go over the keys TILE at a time. Keys are turned over once for
  * all rows, so that a vector of products belongs to 16 keys and no sum has to be taken across it; values are laid side by
  * side in pairs of tokens, against pairs of weights rounded to bfloat16 (as in arXiv:2307.08691). Tiles begin at multiples
- * of TILE: what a row gets does not depend on the rows beside it.
+ * of TILE: what a row gets does not depend on the rows beside it. Where there are matrix instructions, more than a few rows go
+ * through those.
  */
 #ifndef LEPTON_ATTENTION_512_H
 #define LEPTON_ATTENTION_512_H
 
 #include "attention.h"
+#include "tiles.h"
 #include "vector_512.h"
 
 #define TILE 32     /* keys: two runs of 16, each within a block */
@@ -99,6 +101,13 @@ INLINE TARGET_512 void weigh_tile(struct tile_work *w, int64_t r, int64_t dim, f
     _mm512_store_si512(w->weights[r], (__m512i)_mm512_cvtne2ps_pbh(weights1, weights0));
 }
 
+/* Row r, which sees the keys of the tile before `end`, and of those as many as the window has. */
+INLINE TARGET_512 void weigh_row(
+    const struct paged_call *c, struct tile_work *w, int64_t r, int64_t dim, float scale, int64_t end
+) {
+    weigh_tile(w, r, dim, scale, c->window ? end - c->window : 0, end);
+}
+
 /* Add the weighted values to rows [r, r + rows), `vectors` of 16 channels from channel d on. */
 INLINE TARGET_512 void mix_tile(
     struct tile_work *w, int64_t r, int64_t d, int64_t dim, int64_t pairs, const int rows, const int vectors
@@ -118,6 +127,28 @@ INLINE TARGET_512 void mix_tile(
     UNROLL for (int i = 0; i < rows; i++)
         UNROLL for (int v = 0; v < vectors; v++) _mm512_store_si512(mixed + i * dim + 16 * v, sum[4 * i + v]);
 }
+
+#if defined(HAS_TILES)
+/* Scores of all rows of a task with a tile of keys, by matrix instructions. */
+INLINE TARGET_TILES void score_by_matrices(struct tile_work *w, int64_t rows, int64_t dim) {
+    const struct tile_strides strides = {dim * 2, 64, TILE * 4};
+    zero_sums();
+    if (rows > TILE_ROWS) multiply_tiles(w->query, w->keys, strides, dim / 32, 1, HALVES, NULL);
+    else multiply_tiles(w->query, w->keys, strides, dim / 32, 0, HALVES, NULL);
+    store_sums(w->scores, TILE * 4, rows > TILE_ROWS);
+}
+
+/* Add the weighted values to all rows, likewise. */
+INLINE TARGET_TILES void mix_by_matrices(struct tile_work *w, int64_t rows, int64_t dim) {
+    const struct tile_strides strides = {TILE / 2 * 4, 0, dim * 4};
+    for (int64_t d = 0; d < dim; d += 32) {
+        load_sums(w->mixed + d, dim * 4, rows > TILE_ROWS);
+        if (rows > TILE_ROWS) multiply_tiles(w->weights, w->values + d, strides, 1, 1, HALVES, NULL);
+        else multiply_tiles(w->weights, w->values + d, strides, 1, 0, HALVES, NULL);
+        store_sums(w->mixed + d, dim * 4, rows > TILE_ROWS);
+    }
+}
+#endif
 
 /* Row r, divided by the sum of its weights -> bfloat16 [dim]. */
 INLINE TARGET_512 void put_row(const struct tile_work *w, int64_t r, int64_t dim, uint16_t *to) {
@@ -145,8 +176,10 @@ INLINE TARGET_512 void take_tile(
             const int64_t base = place(c, table, kv_head, at + t);
             for (int64_t d = 0; d < dim; d += 32) turn_over((const uint16_t *)c->keys + base + d, dim, turned + d / 2 * TILE);
             pair_up((const uint16_t *)c->values + base, dim, count - t, w->values + t / 2 * dim);
-        } else
+        } else {
             for (int64_t p = 0; p < dim / 2; p++) _mm512_store_si512(turned + p * TILE, _mm512_setzero_si512());
+            memset(w->values + t / 2 * dim, 0, (size_t)(RUN / 2 * dim * 4));
+        }
     }
 }
 
@@ -161,7 +194,7 @@ INLINE void fetch_tile(const struct paged_call *c, const int64_t *table, int64_t
 
 /* The query heads of KV heads [kv_head, kv_head + kv_heads) of a task. In a block the keys of a KV head lie behind those of
    its neighbour: several of them in turn go over memory in its order. Their rows together are at most MAX_ROWS. */
-static TARGET_512 void attend_tiles(
+static TARGET_TILES void attend_tiles(
     const struct paged_call *c, const int64_t *task, int64_t kv_head, int64_t kv_heads, struct tile_work *w
 ) {
     const int64_t dim = c->dim, group = c->heads / c->kv_heads;
@@ -177,6 +210,10 @@ static TARGET_512 void attend_tiles(
         memset(w->total[r], 0, sizeof w->total[r]);
         w->highest[r] = -1e30f; /* below any score, and finite: differences are numbers */
     }
+#if defined(HAS_TILES)
+    const int by_matrices = kv_heads == 1 && rows > 2 * FEW_ROWS_512 && lepton_has_tiles();
+    if (by_matrices) take_tiles();
+#endif
     const int64_t start = c->window && seen > c->window ? (seen - c->window) / TILE * TILE : 0;
     for (int64_t at = start; at < last; at += TILE)
         for (int64_t h = 0; h < kv_heads; h++) {
@@ -185,14 +222,20 @@ static TARGET_512 void attend_tiles(
             else fetch_tile(c, table, kv_head, at + TILE, last);
             take_tile(c, table, kv_head + h, at, count, w);
             const int64_t pairs = count > RUN ? RUN : RUN / 2;
+#if defined(HAS_TILES)
+            if (by_matrices) {
+                score_by_matrices(w, rows, dim);
+                for (int64_t i = 0; i < rows; i++) weigh_row(c, w, i, dim, scale, seen + i / group - at);
+                mix_by_matrices(w, rows, dim);
+                continue;
+            }
+#endif
             for (int64_t r = from; r < to; r += FEW_ROWS_512) {
 #define KERNEL(n) score_tile(w, r, dim, n)
                 FOR_ROWS_UP_TO_4(to - r, KERNEL)
 #undef KERNEL
-                for (int64_t i = r; i < to && i < r + FEW_ROWS_512; i++) {
-                    const int64_t end = seen + (i - from) / group - at; /* keys of the tile that row i may see */
-                    weigh_tile(w, i, dim, scale, c->window ? end - c->window : 0, end);
-                }
+                for (int64_t i = r; i < to && i < r + FEW_ROWS_512; i++)
+                    weigh_row(c, w, i, dim, scale, seen + (i - from) / group - at);
                 int64_t d = 0;
                 for (; d + 64 <= dim; d += 64) {
 #define KERNEL(n) mix_tile(w, r, d, dim, pairs, n, 4)
@@ -206,6 +249,9 @@ static TARGET_512 void attend_tiles(
                 }
             }
         }
+#if defined(HAS_TILES)
+    if (by_matrices) put_tiles_away();
+#endif
     for (int64_t r = 0; r < kv_heads * rows; r++) {
         const int64_t head = (kv_head + r / rows) * group + r % group;
         put_row(w, r, dim, (uint16_t *)c->output + ((row + r % rows / group) * c->heads + head) * dim);

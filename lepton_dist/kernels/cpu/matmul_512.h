@@ -9,9 +9,11 @@
 
 #define PANEL 32
 #define PANEL_TARGET TARGET_512
+#define NARROW narrow_512
+#include "vector_512.h"
+
 #include "matmul.h"
 #include "tiles.h"
-#include "vector_512.h"
 
 #define DEPTH 512 /* k of x that share a scale; 512 x 32 bytes of weights stay in the first cache */
 
@@ -97,7 +99,8 @@ INLINE TARGET_512 void multiply_depth(
 }
 
 #if defined(HAS_TILES)
-#define BY_TILES .rows = MOST_TILE_ROWS, .unit = TILE_ROWS, .enter = take_tiles, .leave = put_tiles_away
+/* Of 512 rows half a megabyte of x and a whole one of sums stay in a cache of two. */
+#define BY_TILES .rows = MOST_TILE_ROWS, .unit = TILE_ROWS, .group = 16, .enter = take_tiles, .leave = put_tiles_away
 
 /* As `multiply_depth`, with the same results, for up to 32 rows. */
 INLINE TARGET_TILES void multiply_depth_by_tiles(
@@ -110,14 +113,10 @@ INLINE TARGET_TILES void multiply_depth_by_tiles(
     const int32_t *excess = byte_excess(l, block, rows) + number * rows;
     const float *row_scales = byte_scales(l, block, rows) + number * rows;
     int32_t sums[MOST_TILE_ROWS * PANEL] __attribute__((aligned(64)));
-    load_sums(NULL, 1);
-    if (count > TILE_ROWS) {
-        multiply_tiles(x, weights, depth / 64, 1, BYTES, ahead);
-        store_sums(sums, 1);
-    } else {
-        multiply_tiles(x, weights, depth / 64, 0, BYTES, ahead);
-        store_sums(sums, 0);
-    }
+    zero_sums();
+    if (count > TILE_ROWS) multiply_block(x, weights, depth / 64, 1, BYTES, ahead);
+    else multiply_block(x, weights, depth / 64, 0, BYTES, ahead);
+    store_sums(sums, PANEL_STRIDE, count > TILE_ROWS);
     for (int64_t i = 0; i < 2 * count; i++) {
         const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums + i * 16), _mm512_set1_epi32(excess[i / 2]));
         const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(row_scales[i / 2]), _mm512_loadu_ps(scales + i % 2 * 16));

@@ -49,9 +49,14 @@ static TARGET_512 void lay_out(const struct matmul_call *c, int64_t from, int64_
 static TARGET_512 void lay_out_tiles(const struct matmul_call *c, int64_t from, int64_t count, void *block) {
     const int64_t rows = up_to(count, TILE_ROWS);
     for (int64_t r = 0; r < count; r++)
-        for (int64_t k = 0; k < c->in; k += 16) {
-            const __m512 values = load_16(c->x, c->x_kind, (from + r) * c->x_stride + k, 16);
-            _mm256_storeu_si256((__m256i *)((int32_t *)block + tile_place(k / 2, r, rows)), (__m256i)_mm512_cvtneps_pbh(values));
+        for (int64_t k = 0; k < c->in; k += 32) {
+            const int64_t at = (from + r) * c->x_stride + k;
+            int32_t *to = (int32_t *)block + tile_place(k / 2, r, rows);
+            if (c->x_kind) memcpy(to, (const uint16_t *)c->x + at, 64);
+            else {
+                const __m512 low = load_16(c->x, 0, at, 16), top = load_16(c->x, 0, at + 16, 16);
+                _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(top, low));
+            }
         }
 }
 
@@ -60,18 +65,15 @@ static TARGET_TILES void multiply_rows_by_tiles(
     float *values, const char *ahead
 ) {
     const int64_t left = c->in - k, steps = (left < DEPTH ? left : DEPTH) / 32;
+    const int is_wide = count > TILE_ROWS;
+    const char *x = (const char *)block + k * (is_wide ? MOST_TILE_ROWS : TILE_ROWS) * 2;
     const char *weights = (const char *)panel + k * PANEL * 2;
     (void)number;
-#define MULTIPLY(is_wide) \
-    load_sums(k == 0 ? NULL : values, is_wide); \
-    multiply_tiles((const char *)block + k * (is_wide ? MOST_TILE_ROWS : TILE_ROWS) * 2, weights, steps, is_wide, HALVES, ahead); \
-    store_sums(values, is_wide)
-    if (count > TILE_ROWS) {
-        MULTIPLY(1);
-    } else {
-        MULTIPLY(0);
-    }
-#undef MULTIPLY
+    if (k == 0) zero_sums();
+    else load_sums(values, PANEL_STRIDE, is_wide);
+    if (is_wide) multiply_block(x, weights, steps, 1, HALVES, ahead);
+    else multiply_block(x, weights, steps, 0, HALVES, ahead);
+    store_sums(values, PANEL_STRIDE, is_wide);
 }
 #endif
 
@@ -96,6 +98,7 @@ int lepton_matmul_bf16_512(const struct matmul_call *c) {
         &(struct matmul_kind){
             .rows = MOST_ROWS,
             .unit = 1,
+            .group = 1,
             .row_bytes = up_to(c->in, 2) * 2,
             .panel_bytes = up_to(c->in, 2) * PANEL * 2,
             .depth = PAIR_DEPTH,

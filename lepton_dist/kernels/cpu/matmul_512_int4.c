@@ -176,6 +176,7 @@ int lepton_matmul_int4_512(const struct matmul_call *c) {
         &(struct matmul_kind){
             .rows = MOST_ROWS,
             .unit = 1,
+            .group = 1,
             .row_bytes = byte_row_bytes(&layout),
             .panel_bytes = layout.padded / c->group * group_bytes(c->group),
             .depth = DEPTH,

@@ -75,6 +75,7 @@ int lepton_matmul_bf16(const struct matmul_call *c) {
         &(struct matmul_kind){
             .rows = ROWS,
             .unit = 1,
+            .group = 1,
             .row_bytes = c->in * 4,
             .panel_bytes = c->in * PANEL * 2,
             .depth = c->in,

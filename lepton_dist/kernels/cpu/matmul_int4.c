@@ -207,6 +207,7 @@ int lepton_matmul_int4(const struct matmul_call *c) {
     const struct matmul_kind few = {
         .rows = FEW_ROWS,
         .unit = 1,
+        .group = 1,
         .row_bytes = num_groups(c) * c->group / PIECE * (int64_t)sizeof(struct x_piece),
         .panel_bytes = num_groups(c) * 2 * half_bytes(c),
         .depth = c->in,
@@ -216,6 +217,7 @@ int lepton_matmul_int4(const struct matmul_call *c) {
     const struct matmul_kind many = {
         .rows = WORD_ROWS,
         .unit = 1,
+        .group = 1,
         .row_bytes = word_row_bytes(c->in),
         .panel_bytes = few.panel_bytes,
         .depth = DEPTH,

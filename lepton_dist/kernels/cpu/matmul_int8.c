@@ -41,6 +41,7 @@ int lepton_matmul_int8(const struct matmul_call *c) {
         &(struct matmul_kind){
             .rows = WORD_ROWS,
             .unit = 1,
+            .group = 1,
             .row_bytes = word_row_bytes(c->in),
             .panel_bytes = padded * PANEL,
             .depth = c->in,

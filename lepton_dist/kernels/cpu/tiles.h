@@ -12,11 +12,9 @@
 #define TILE_ROWS 16
 #define MOST_TILE_ROWS (2 * TILE_ROWS)                   /* of x, whose sums are held */
 #define TILE_WORDS 16                                    /* words of k that an instruction goes over */
-#define WORD_STRIDE 128                                  /* bytes from one word of a panel to the next */
-#define STEP_BYTES ((int64_t)TILE_WORDS * WORD_STRIDE)   /* of a panel, that an instruction goes over */
-#define SUM_STRIDE 128                                   /* bytes from one row of sums to the next: a panel's features */
+#define PANEL_STRIDE 128                                 /* bytes from one word, or row of sums, of a panel to the next */
 
-/* Rows of x lie in blocks as tiles are: [words / 16][rows][16 words]. */
+/* Rows of x for a matmul lie in blocks as tiles are: [words / 16][rows][16 words]. */
 INLINE int64_t tile_place(int64_t word, int64_t row, int64_t rows) {
     return (word / TILE_WORDS * rows + row) * TILE_WORDS + word % TILE_WORDS;
 }
@@ -40,46 +38,53 @@ INLINE TARGET_TILES void take_tiles(void) {
 
 INLINE TARGET_TILES void put_tiles_away(void) { _tile_release(); }
 
-/* Sums [rows][32] of 16 or, if `is_wide`, 32 rows, from and to memory; from NULL they are zero. Tiles 0 to 3. */
-INLINE TARGET_TILES void load_sums(const void *sums, int is_wide) {
-    const char *at = sums, *below = at + TILE_ROWS * SUM_STRIDE;
-    if (sums == NULL) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        return;
-    }
-    _tile_loadd(0, at, SUM_STRIDE);
-    _tile_loadd(1, at + 64, SUM_STRIDE);
-    if (!is_wide) return;
-    _tile_loadd(2, below, SUM_STRIDE);
-    _tile_loadd(3, below + 64, SUM_STRIDE);
+INLINE TARGET_TILES void zero_sums(void) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
 }
 
-INLINE TARGET_TILES void store_sums(void *sums, int is_wide) {
-    char *at = sums, *below = at + TILE_ROWS * SUM_STRIDE;
-    _tile_stored(0, at, SUM_STRIDE);
-    _tile_stored(1, at + 64, SUM_STRIDE);
+/* Sums of 16 or, if `is_wide`, 32 rows and 32 features, `stride` bytes from row to row, from and to memory. */
+INLINE TARGET_TILES void load_sums(const void *sums, int64_t stride, int is_wide) {
+    const char *at = sums, *below = at + TILE_ROWS * stride;
+    _tile_loadd(0, at, stride);
+    _tile_loadd(1, at + 64, stride);
     if (!is_wide) return;
-    _tile_stored(2, below, SUM_STRIDE);
-    _tile_stored(3, below + 64, SUM_STRIDE);
+    _tile_loadd(2, below, stride);
+    _tile_loadd(3, below + 64, stride);
 }
 
-/* Add x [steps][rows][16 words] times weights [steps][16 words][2 x 16 features] to the sums. `ahead` is what to ask memory
+INLINE TARGET_TILES void store_sums(void *sums, int64_t stride, int is_wide) {
+    char *at = sums, *below = at + TILE_ROWS * stride;
+    _tile_stored(0, at, stride);
+    _tile_stored(1, at + 64, stride);
+    if (!is_wide) return;
+    _tile_stored(2, below, stride);
+    _tile_stored(3, below + 64, stride);
+}
+
+/* What a product goes over: rows of x, `x_stride` bytes from one to the next and `x_step` from an instruction's words to
+   the next one's; weights likewise. */
+struct tile_strides {
+    int64_t x_stride, x_step, weight_stride;
+};
+
+/* Add x [rows][steps][16 words] times weights [steps][16 words][2 x 16 features] to the sums. `ahead` is what to ask memory
    for meanwhile, or NULL. `is_wide` and `word` are constants where this is called. */
 INLINE TARGET_TILES void multiply_tiles(
-    const char *x, const char *weights, int64_t steps, const int is_wide, const enum word word, const char *ahead
+    const void *x, const void *weights, struct tile_strides by, int64_t steps, const int is_wide, const enum word word,
+    const char *ahead
 ) {
     __asm__ volatile("" ::: "memory"); /* compilers do not know that tiles are loaded from memory: all must be there */
-    const int64_t x_step = (is_wide ? MOST_TILE_ROWS : TILE_ROWS) * 64;
-    for (int64_t s = 0; s < steps; s++, x += x_step, weights += STEP_BYTES) {
+    const char *rows = x, *words = weights;
+    for (int64_t s = 0; s < steps; s++, rows += by.x_step, words += TILE_WORDS * by.weight_stride) {
         if (ahead != NULL)
-            for (int64_t i = 0; i < STEP_BYTES; i += 128) read_ahead(ahead + s * STEP_BYTES + i);
-        _tile_loadd(6, weights, WORD_STRIDE);
-        _tile_loadd(7, weights + 64, WORD_STRIDE);
-        _tile_loadd(4, x, 64);
-        if (is_wide) _tile_loadd(5, x + TILE_ROWS * 64, 64);
+            for (int64_t i = 0; i < TILE_WORDS; i++) read_ahead(ahead + (s * TILE_WORDS + i) * PANEL_STRIDE);
+        _tile_loadd(6, words, by.weight_stride);
+        _tile_loadd(7, words + 64, by.weight_stride);
+        _tile_loadd(4, rows, by.x_stride);
+        if (is_wide) _tile_loadd(5, rows + TILE_ROWS * by.x_stride, by.x_stride);
         if (word == HALVES) {
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
@@ -92,6 +97,14 @@ INLINE TARGET_TILES void multiply_tiles(
             if (is_wide) _tile_dpbsud(3, 5, 7);
         }
     }
+}
+
+/* Rows of such a block, times a panel, added to the sums. */
+INLINE TARGET_TILES void multiply_block(
+    const char *x, const void *panel, int64_t steps, const int is_wide, const enum word word, const char *ahead
+) {
+    const struct tile_strides strides = {64, (is_wide ? MOST_TILE_ROWS : TILE_ROWS) * 64, PANEL_STRIDE};
+    multiply_tiles(x, panel, strides, steps, is_wide, word, ahead);
 }
 
 #endif

@@ -30,9 +30,13 @@
 #else
 #define TARGET_512 \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,prefer-vector-width=512")))
+#if defined(HAS_TILES)
 #define TARGET_TILES \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,prefer-vector-width=512," \
                           "amx-tile,amx-bf16,amx-int8")))
+#else
+#define TARGET_TILES TARGET_512
+#endif
 #endif
 
 /* KERNEL(count) with a constant, so that its loops unroll; a larger count than the last takes the last. */

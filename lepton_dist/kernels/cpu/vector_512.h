@@ -15,6 +15,12 @@ INLINE TARGET_512 __m512 load_16(const void *from, int64_t kind, int64_t at, int
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
+/* `count` values to index `at` of an array of the kind: 32 at once, or those at the edge. */
+INLINE TARGET_512 void narrow_512(const float *from, int64_t count, void *to, int64_t kind, int64_t at) {
+    if (!kind || count != 32) narrow(from, count, to, kind, at);
+    else _mm512_storeu_si512((uint16_t *)to + at, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from)));
+}
+
 #if !defined(EMULATED_512)
 /* sum + four products of unsigned and signed bytes a lane. Not the intrinsic: around that, compilers copy every sum. */
 INLINE TARGET_512 __m512i add_products(__m512i sum, __m512i weights, __m512i x) {

@@ -1,4 +1,4 @@
-"""The kernels for AVX-512 and AMX, on any machine with AVX2: their instructions computed by tests/avx512/instructions.h.
+"""The kernels for AVX-512 and AMX, on any machine with AVX2: tests/avx512/instructions.h computes their instructions.
 
 The tests are those that a machine with AVX-512 runs with its own, here in a run of theirs.
 """
@@ -21,10 +21,13 @@ ROOT = Path(__file__).parents[3]
 COMPILER = shutil.which("gcc") or shutil.which("clang")
 # -ffast-math lets a compiler sum in an order that differs from one number of rows to the next, as no instruction does.
 FLAGS = ["-O1", "-fPIC", "-fopenmp", "-Wno-psabi", "-ffp-contract=off"]
-MATMUL_TESTS = ["tests/unit/kernels/test_matmul.py", "tests/unit/model/test_native_layer.py"]
-TESTS = [
-    *MATMUL_TESTS,
+PRODUCTS = [
+    "tests/unit/kernels/test_matmul.py",
     "tests/unit/kernels/test_paged_attention.py",
+    "tests/unit/model/test_native_layer.py",
+]
+TESTS = [
+    *PRODUCTS,
     "tests/unit/kernels/test_pointwise.py",
     "tests/unit/parallel/test_load.py",
     "tests/unit/runtime/test_head_start.py",
@@ -58,7 +61,7 @@ def compile_kernels(folder: Path, *flags: str) -> Path:
 
 @pytest.mark.parametrize(
     ("flags", "tests"),
-    [pytest.param([], TESTS, id="avx512"), pytest.param(["-DEMULATED_TILES"], MATMUL_TESTS, id="amx")],
+    [pytest.param([], TESTS, id="avx512"), pytest.param(["-DEMULATED_TILES"], PRODUCTS, id="amx")],
 )
 def test_kernels_pass_the_tests_of_all(flags: list[str], tests: list[str], tmp_path: Path) -> None:
     library = compile_kernels(tmp_path, *flags)

@@ -13,6 +13,7 @@ from lepton_dist.kernels.cpu.panels import matrix_bytes, panel_kind
 from lepton_dist.kernels.linear import make_weight
 from lepton_dist.kernels.quantized import RoundedWeight
 from lepton_dist.plan.precision import INT4_GROUPS
+from tests.unit.kernels.levels import has_tiles
 
 needs_panels = pytest.mark.skipif(native_library() is None, reason="no compiled kernels: not built, or no AVX2")
 at_each_level = pytest.mark.parametrize(
@@ -27,11 +28,6 @@ at_each_level = pytest.mark.parametrize(
 whole_tiles = st.integers(1, 18).map(lambda steps: 64 * steps)  # inputs that matrix instructions take
 sizes = st.tuples(st.integers(1, 30), st.integers(1, 1200), st.integers(1, 70))
 INT4 = ["int4", "int4-64", "int4-128"]
-
-
-def has_tiles() -> bool:
-    library = native_library()
-    return library is not None and bool(library.lepton_has_tiles())
 
 
 def rounded_x(kind: str, level: VectorLevel) -> tuple[int, int]:
@@ -146,8 +142,13 @@ def test_sums_of_expanded_panels_do_not_overflow(kind: str, level: VectorLevel) 
 @at_each_level
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_more_rows_than_fit_a_chunk(kind: str, level: VectorLevel, threads: int) -> None:
-    x, weight = case(601, 96, 40)
+@pytest.mark.parametrize(
+    "shape", [pytest.param((601, 96, 40), id="chunks"), pytest.param((130, 1088, 300), id="shares")]
+)
+def test_more_rows_than_fit_a_chunk_and_several_panels_a_share(
+    kind: str, level: VectorLevel, threads: int, shape: tuple[int, int, int]
+) -> None:
+    x, weight = case(*shape)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

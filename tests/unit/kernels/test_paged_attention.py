@@ -11,6 +11,7 @@ import torch
 from lepton_dist.kernels.attention import PagedBatch, paged_attention
 from lepton_dist.kernels.cpu.native import VectorLevel, native_library, vector_level
 from lepton_dist.kernels.cpu.paged import can_attend
+from tests.unit.kernels.levels import has_tiles
 from tests.unit.kernels.paged import random_batch
 
 BLOCK = 16
@@ -133,7 +134,11 @@ def test_a_row_does_not_depend_on_those_beside_it() -> None:
     together = paged_attention(query, keys, values, batch, None)
     for row in (0, 15, 16, 31, 32, 63, 89):
         alone = PagedBatch(torch.empty(0, dtype=torch.int64), np.array([(0, 1, row + 1)]), batch.tables)
-        assert torch.equal(paged_attention(query[row : row + 1], keys, values, alone, None)[0], together[row])
+        found = paged_attention(query[row : row + 1], keys, values, alone, None)[0]
+        if has_tiles():  # many rows by matrix instructions, which sum in another order: a bit of 8 in weights or result
+            torch.testing.assert_close(found, together[row], rtol=8e-3, atol=8e-3)
+        else:
+            assert torch.equal(found, together[row])
 
 
 def test_the_compiled_kernel_was_used() -> None:
