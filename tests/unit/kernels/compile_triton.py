@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lepton_dist.kernels.cuda import triton_attention, triton_pointwise
+from lepton_dist.kernels.cuda import products, triton_attention, triton_pointwise, triton_product
 from lepton_dist.kernels.cuda.fused import tile_tokens
 
 SHARED_BYTES = 99 << 10  # what a program may take on the smallest of these GPUs
@@ -45,14 +46,37 @@ def signatures(dtype: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     ]
 
 
+def product_signatures(dtype: str) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """The same of the kernels for few tokens, for each number of them."""
+    x = f"*{dtype}"
+    sizes = dict.fromkeys(("tokens", "dim"), _I)
+    add = {"x": x, "weight": x, "hidden": "*fp32", **sizes, "out": _I}
+    normed = {"hidden": "*fp32", "gain": "*fp32", "weight": x, **sizes, "eps": _F}
+    gated = {**normed, "out": x, "ffn": _I}
+    arenas = dict.fromkeys(("query", "keys", "values"), x)
+    numbers = dict.fromkeys(("heads", "kv_heads", "block_tokens", "head_dim", "half"), _I)
+    enter = {**normed, **arenas, "cos": "*fp32", "sin": "*fp32", "slots": "*i64", **numbers}
+    for tokens in (1, 2, 4):
+        kinds = ((triton_product.add_product_kernel, add, False), (triton_product.gated_product_kernel, gated, True))
+        for kernel, types, has_norm in (*kinds, (triton_product.enter_product_kernel, enter, True)):
+            tile = products.tile_of(tokens, has_norm)
+            places = {"TOKENS": tokens, "ROWS": tile.rows, "BLOCK": tile.block, "STAGES": tile.stages}
+            yield kernel, types, places
+
+
 def main(capability: int) -> None:
     for dtype in ("bf16", "fp32"):
-        for kernel, types, constants in signatures(dtype):
+        for kernel, types, constants in (*signatures(dtype), *product_signatures(dtype)):
+            if dtype == "fp32" and kernel.__module__ == triton_product.__name__:
+                continue  # only 16-bit weights go through them
             if dtype == "fp32" and kernel in (triton_pointwise.gated_silu_kernel, triton_attention.combine_kernel):
                 continue  # they differ in a conversion only
             signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
             places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-            source = ASTSource(kernel, signature, constexprs=places)
+            # As at a launch: tensors begin at multiples of 16 bytes, and these sizes are multiples of 16.
+            aligned = [name for name, kind in types.items() if kind.startswith("*") or name in {"dim", "ffn"}]
+            attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+            source = ASTSource(kernel, signature, constexprs=places, attrs=attributes)
             made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
             assert ".target sm_" in made.asm["ptx"] and made.metadata.shared <= SHARED_BYTES
             print(f"compiled {kernel.__name__} {dtype} for sm_{capability}: {sorted(made.asm)}")
