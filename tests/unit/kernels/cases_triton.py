@@ -13,6 +13,8 @@ from lepton_dist.engine.kv_geometry import KvGeometry
 from lepton_dist.kernels.attention import PagedBatch, enter_cache, paged_attention
 from lepton_dist.kernels.cuda import fused, products
 from lepton_dist.kernels.norms import rms_norm
+from lepton_dist.model import fused_layer
+from lepton_dist.model.decoder_layer import DecoderLayer, make_layer
 from lepton_dist.model.layers import unreduced
 from lepton_dist.runtime.skeleton import decode_batch, prefill_batch
 from tests.unit.kernels.paged import random_batch
@@ -175,3 +177,25 @@ def test_what_a_layer_for_few_tokens_leaves_to_the_other() -> None:
     for batch, expected in ((decode_batch(4, 9), True), (decode_batch(5, 9), False), (prefill_batch(3), False)):
         paged = lay_out(batch, 16).paged(torch.device("cpu"))
         assert few.can_run(torch.zeros(batch.num_tokens, 80), paged) == expected
+
+
+def test_which_layers_have_a_form_for_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_layer, "fused_kernels_for", lambda *tensors: products)
+    plain = random_layer(torch.bfloat16, torch.device("cpu"))
+
+    def has_form(layer: DecoderLayer) -> bool:
+        return make_layer(layer.attention_norm, layer.attention, layer.mlp_norm, layer.mlp, 16).fused is not None
+
+    assert has_form(plain)
+    summed = replace(plain.mlp.down, reduce=lambda x: x, bias=torch.zeros(80))
+    assert has_form(replace(plain, mlp=replace(plain.mlp, down=summed))), "a sum and a bias come behind the product"
+    assert not has_form(random_layer(torch.float32, torch.device("cpu")))
+    biased = replace(plain.attention.qkv, bias=torch.zeros(160))
+    for other in (
+        replace(plain, mlp=replace(plain.mlp, is_gated=False)),
+        replace(plain, mlp=replace(plain.mlp, activation=torch.nn.functional.gelu)),
+        replace(plain, mlp_norm=replace(plain.mlp_norm, bias=torch.zeros(80))),
+        replace(plain, attention=replace(plain.attention, qkv=biased)),
+        replace(plain, attention=replace(plain.attention, q_norm=plain.mlp_norm, k_norm=plain.mlp_norm)),
+    ):
+        assert not has_form(other)
