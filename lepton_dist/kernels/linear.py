@@ -50,6 +50,11 @@ class DenseWeight:
         is_bfloat16 = weight.dtype == torch.bfloat16 and weight.is_cpu
         self._is_slow = is_bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
+    @property
+    def matrix(self) -> torch.Tensor:
+        """[out, in], for kernels that do more than the product."""
+        return self._weight
+
     def matmul(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """As `Weight.matmul`."""
         dtype = dtype or x.dtype

@@ -8,6 +8,7 @@ import torch
 
 from lepton_dist.kernels.attention import ReadRows
 from lepton_dist.kernels.cpu.layer import NativeLayer
+from lepton_dist.model.fused_layer import FusedLayer, fused_layer
 from lepton_dist.model.layers import Angles, Attend, Attention, Mlp, Norm
 from lepton_dist.model.native_layer import native_layer
 
@@ -21,11 +22,18 @@ class DecoderLayer:
     mlp_norm: Norm
     mlp: Mlp
     native: NativeLayer | None = None
+    fused: FusedLayer | None = None
 
     def __call__(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, angles: Angles | None, layer: int, attend: Attend
-    ) -> torch.Tensor:
-        """hidden float32 [tokens, hidden] += delta of the layer before, in place -> this layer's delta, to be added."""
+    ) -> torch.Tensor | None:
+        """hidden float32 [tokens, hidden] += delta of the layer before, in place -> this layer's delta, to be added.
+
+        None where it was added already.
+        """
+        if self.fused is not None and self.fused.can_run(hidden, attend.batch):
+            self.fused(hidden, delta, angles, attend.arenas(layer), attend.batch)
+            return None
         mixed = self.attention.output.whole(self.attention_half(hidden, delta, angles, layer, attend))
         return self.mlp.down.whole(self.mlp_half(hidden, mixed))
 
@@ -71,4 +79,5 @@ class DecoderLayer:
 def make_layer(attention_norm: Norm, attention: Attention, mlp_norm: Norm, mlp: Mlp, rotated: int) -> DecoderLayer:
     """A layer of these parts, in the fastest form that there is; `rotated` channels of each head turn."""
     native = native_layer(attention_norm, attention, mlp_norm, mlp, rotated)
-    return DecoderLayer(attention_norm, attention, mlp_norm, mlp, native)
+    fused = fused_layer(attention_norm, attention, mlp_norm, mlp)
+    return DecoderLayer(attention_norm, attention, mlp_norm, mlp, native, fused)

@@ -23,6 +23,11 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 """Sums partial results over the ranks that share a contracted axis; the identity where it is not sharded."""
 
 
+def unreduced(part: torch.Tensor) -> torch.Tensor:
+    """The `Reduce` of an axis that is not sharded."""
+    return part
+
+
 class Attend(Protocol):
     """Attention of a batch with whatever keeps the keys and values."""
 
@@ -67,6 +72,11 @@ class Linear:
     def __call__(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """[tokens, in] -> [tokens, out] in `dtype`, by default that of `x`."""
         return self.whole(self.weight.matmul(x, dtype))
+
+    @property
+    def is_product(self) -> bool:
+        """Whether the product with the weight is all: no sum over ranks and no bias."""
+        return self.reduce is unreduced and self.bias is None
 
     def whole(self, part: torch.Tensor) -> torch.Tensor:
         """This rank's product [tokens, out] -> the sum over ranks, with the bias; in place."""

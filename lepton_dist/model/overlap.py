@@ -45,8 +45,8 @@ class Overlap:
 
     def run(
         self, layers: Sequence[DecoderLayer], hidden: torch.Tensor, angles: Angles | None, attend: Attend
-    ) -> torch.Tensor:
-        """hidden float32 [tokens, hidden], changed in place -> the last layer's delta [tokens, hidden], to be added.
+    ) -> torch.Tensor | None:
+        """hidden float32 [tokens, hidden], changed in place -> the last layer's delta, as `DecoderLayer` gives it.
 
         Raises:
             RankLostError: a sum did not come in time.
@@ -92,12 +92,11 @@ class Overlap:
 
 def run_in_one_piece(
     layers: Sequence[DecoderLayer], hidden: torch.Tensor, angles: Angles | None, attend: Attend
-) -> torch.Tensor:
-    """As `Overlap.run`, for layers of which there is at least one, each sum waited for."""
+) -> torch.Tensor | None:
+    """As `Overlap.run`, each sum waited for."""
     delta = None
     for index, layer in enumerate(layers):
         delta = layer(hidden, delta, angles, index, attend)
-    assert delta is not None
     return delta
 
 

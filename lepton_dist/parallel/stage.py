@@ -18,7 +18,7 @@ from lepton_dist.comm.world import World
 from lepton_dist.model.config import ModelConfig
 from lepton_dist.model.decoder import Decoder, DecoderParts, build_decoder
 from lepton_dist.model.held import HeldParameters
-from lepton_dist.model.layers import Reduce
+from lepton_dist.model.layers import Reduce, unreduced
 from lepton_dist.model.overlap import Overlap
 from lepton_dist.plan.axes import Axis
 from lepton_dist.plan.placement import Seat
@@ -132,8 +132,8 @@ def reduce_over(group: Group, wire: torch.dtype, device: torch.device | None = N
     inner = Int8AllReduce(group, device) if wire == torch.int8 and group.num_nodes > 1 else group.all_reduce
 
     def reduce(axis: Axis) -> Reduce:
-        if axis == Axis.EMBED:
-            return _identity
+        if axis == Axis.EMBED or group.size == 1:
+            return unreduced
         return group.all_reduce if axis == Axis.VOCAB else inner
 
     return reduce
@@ -142,10 +142,6 @@ def reduce_over(group: Group, wire: torch.dtype, device: torch.device | None = N
 def _largest(group: Group, value: float) -> float:
     """The largest of the members' values."""
     return float(group.all_reduce(torch.tensor([value], dtype=torch.float64), "max"))
-
-
-def _identity(x: torch.Tensor) -> torch.Tensor:
-    return x
 
 
 def build_stage(

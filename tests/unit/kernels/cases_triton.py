@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
+from lepton_dist.engine.kv_cache import CachedAttention, KvCache, lay_out
+from lepton_dist.engine.kv_geometry import KvGeometry
 from lepton_dist.kernels.attention import PagedBatch, enter_cache, paged_attention
-from lepton_dist.kernels.cuda import fused
+from lepton_dist.kernels.cuda import fused, products
 from lepton_dist.kernels.norms import rms_norm
+from lepton_dist.model import fused_layer
+from lepton_dist.model.decoder_layer import DecoderLayer, make_layer
+from lepton_dist.model.layers import unreduced
+from lepton_dist.runtime.skeleton import decode_batch, prefill_batch
 from tests.unit.kernels.paged import random_batch
+from tests.unit.model.plain_layer import for_few_tokens, random_layer
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -102,3 +110,92 @@ def test_a_batch_of_decodes_made_for_a_graph_is_the_same_batch() -> None:
     static = PagedBatch.of_decodes(batch.slots, batch.tables, torch.tensor(lengths))
     found, expected = (paged_attention(query, keys, values, which, None) for which in (static, batch))
     close(found, expected, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "dim", "out"), [(1, 60, 10), (1, 1100, 5), (2, 512, 13), (3, 93, 17)])
+def test_a_product_that_is_added(dtype: torch.dtype, tokens: int, dim: int, out: int) -> None:
+    hidden, x = torch.randn(tokens, out), torch.randn(tokens, dim).to(dtype)
+    weight = (torch.randn(out, dim) / dim**0.5).to(dtype)
+    expected = hidden + x.float() @ weight.float().T
+    products.add_product(hidden, x, weight)
+    close(hidden.to(dtype), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "dim", "ffn"), [(1, 60, 10), (1, 600, 5), (2, 256, 13), (3, 93, 17)])
+def test_a_gated_product(dtype: torch.dtype, tokens: int, dim: int, ffn: int) -> None:
+    hidden, gain = torch.randn(tokens, dim) * 5, torch.rand(dim) + 0.5
+    weight = (torch.randn(2 * ffn, dim) / dim**0.5).to(dtype)
+    gate, up = (rms_norm(hidden, gain, 1e-5, torch.float32) @ weight.float().T).chunk(2, dim=1)
+    close(products.gated_product(hidden, gain, 1e-5, weight), torch.nn.functional.silu(gate) * up, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "half"), [(6, 2, 16, 8), (9, 3, 8, 3), (5, 5, 12, 0)])
+def test_a_product_that_enters_the_cache(
+    dtype: torch.dtype, tokens: int, heads: int, kv_heads: int, dim: int, half: int
+) -> None:
+    hidden, gain = torch.randn(tokens, 260) * 5, torch.rand(260) + 0.5
+    weight = (torch.randn((heads + 2 * kv_heads) * dim, 260) / 260**0.5).to(dtype)
+    angles = (torch.randn(tokens, 1, half), torch.randn(tokens, 1, half)) if half else None
+    slots = torch.tensor([17, 3, 0, 30])[:tokens]
+    arenas = [torch.zeros(8, kv_heads, 4, dim).to(dtype) for _ in range(4)]
+    query = products.enter_product(hidden, gain, 1e-5, weight, angles, arenas[0], arenas[1], slots)
+    qkv = rms_norm(hidden, gain, 1e-5, torch.float32) @ weight.float().T
+    qkv = qkv.to(dtype).view(tokens, heads + 2 * kv_heads, dim)
+    turned, value = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+    close(query, enter_cache(turned.clone(), value, angles, arenas[2], arenas[3], slots), dtype)
+    close(arenas[0], arenas[2], dtype)
+    close(arenas[1], arenas[3], dtype)
+
+
+@pytest.mark.parametrize("is_sharded", [True, False])
+def test_a_layer_for_few_tokens(is_sharded: bool) -> None:
+    plain = random_layer(torch.float32, torch.device("cpu"), (lambda x: x.mul_(2)) if is_sharded else unreduced)
+    layer = replace(plain, fused=for_few_tokens(plain))
+    batch = decode_batch(3, 30)
+    results = []
+    for which in (plain, layer):
+        torch.manual_seed(1)
+        cache = KvCache(KvGeometry(1, 2, 16, 16, torch.float32), 6)
+        for arena in cache.arenas(0):
+            arena.normal_()
+        hidden, delta, angles = torch.randn(3, 80), torch.randn(3, 80), torch.randn(3, 1, 8)
+        attend = CachedAttention(cache, lay_out(batch, 16).paged(torch.device("cpu")))
+        added = which(hidden, delta, (angles.cos(), angles.sin()), 0, attend)
+        assert (added is None) == (which is layer)
+        results.append((hidden if added is None else hidden + added, *cache.arenas(0)))
+    for found, expected in zip(results[1], results[0], strict=True):
+        close(found, expected, torch.float32)
+
+
+def test_what_a_layer_for_few_tokens_leaves_to_the_other() -> None:
+    plain = random_layer(torch.bfloat16, torch.device("cpu"))
+    few = for_few_tokens(plain)
+    for batch, expected in ((decode_batch(4, 9), True), (decode_batch(5, 9), False), (prefill_batch(3), False)):
+        paged = lay_out(batch, 16).paged(torch.device("cpu"))
+        assert few.can_run(torch.zeros(batch.num_tokens, 80), paged) == expected
+
+
+def test_which_layers_have_a_form_for_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_layer, "fused_kernels_for", lambda *tensors: products)
+    plain = random_layer(torch.bfloat16, torch.device("cpu"))
+
+    def has_form(layer: DecoderLayer) -> bool:
+        return make_layer(layer.attention_norm, layer.attention, layer.mlp_norm, layer.mlp, 16).fused is not None
+
+    assert has_form(plain)
+    summed = replace(plain.mlp.down, reduce=lambda x: x, bias=torch.zeros(80))
+    assert has_form(replace(plain, mlp=replace(plain.mlp, down=summed))), "a sum and a bias come behind the product"
+    assert not has_form(random_layer(torch.float32, torch.device("cpu")))
+    biased = replace(plain.attention.qkv, bias=torch.zeros(160))
+    for other in (
+        replace(plain, mlp=replace(plain.mlp, is_gated=False)),
+        replace(plain, mlp=replace(plain.mlp, activation=torch.nn.functional.gelu)),
+        replace(plain, mlp_norm=replace(plain.mlp_norm, bias=torch.zeros(80))),
+        replace(plain, attention=replace(plain.attention, qkv=biased)),
+        replace(plain, attention=replace(plain.attention, q_norm=plain.mlp_norm, k_norm=plain.mlp_norm)),
+    ):
+        assert not has_form(other)
