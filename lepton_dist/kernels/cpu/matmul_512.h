@@ -26,10 +26,8 @@ struct bytes_layout {
     int is_for_tiles;
 };
 
-/* Whether matrix instructions take the rows of x, of `bytes` each: more than a few, and whole tiles. */
-INLINE int fits_tiles(const struct matmul_call *c, int64_t bytes) {
-    return c->rows > MOST_ROWS && bytes % (TILE_WORDS * 4) == 0 && lepton_has_tiles();
-}
+/* Whether matrix instructions can take rows of so many bytes: whole tiles. */
+INLINE int fits_tiles(int64_t bytes) { return bytes % (TILE_WORDS * 4) == 0 && lepton_has_tiles(); }
 
 INLINE int64_t num_depths(const struct bytes_layout *l) { return (l->padded + DEPTH - 1) / DEPTH; }
 INLINE int64_t byte_row_bytes(const struct bytes_layout *l) {
@@ -99,8 +97,8 @@ INLINE TARGET_512 void multiply_depth(
 }
 
 #if defined(HAS_TILES)
-/* Of 512 rows half a megabyte of x and a whole one of sums stay in a cache of two. */
-#define BY_TILES .rows = MOST_TILE_ROWS, .unit = TILE_ROWS, .group = 16, .enter = take_tiles, .leave = put_tiles_away
+/* Of 512 rows half a megabyte of x, and another one of sums for each of two threads on a core, stay in a cache of two. */
+#define BY_TILES .rows = MOST_TILE_ROWS, .unit = TILE_ROWS, .group = 8, .enter = take_tiles, .leave = put_tiles_away
 
 /* As `multiply_depth`, with the same results, for up to 32 rows. */
 INLINE TARGET_TILES void multiply_depth_by_tiles(

@@ -1,5 +1,6 @@
 /* Matmul with bfloat16 weights and activations for AVX-512 with BF16: two neighbouring k an instruction (vdpbf16ps), summed
- * in float32. Where there are matrix instructions more than a few rows are multiplied by those.
+ * in float32. Where there are matrix instructions, whole tiles are multiplied by those: one row too, for that is no slower,
+ * and so a sum depends on its own row and feature only.
  *
  * A panel is [in / 2][32][2] halves; an odd `in` ends with zeros.
  */
@@ -80,7 +81,7 @@ static TARGET_TILES void multiply_rows_by_tiles(
 /* 0, or 1 when there is no memory. */
 int lepton_matmul_bf16_512(const struct matmul_call *c) {
 #if defined(HAS_TILES)
-    if (fits_tiles(c, c->in * 2))
+    if (fits_tiles(c->in * 2))
         return matmul(
             c,
             &(struct matmul_kind){

@@ -23,7 +23,7 @@ INLINE int has_many_rows(const struct matmul_call *c) { return c->rows >= 12 + c
 INLINE struct bytes_layout layout_of(const struct matmul_call *c) {
     const int64_t padded = up_to(c->in, c->group);
     if (!has_many_rows(c)) return (struct bytes_layout){.padded = padded, .share = c->group, .excess = 8};
-    return (struct bytes_layout){.padded = padded, .share = DEPTH, .excess = 128, .is_for_tiles = fits_tiles(c, padded)};
+    return (struct bytes_layout){.padded = padded, .share = DEPTH, .excess = 128, .is_for_tiles = fits_tiles(padded)};
 }
 
 /* DEPTH of x, rounded to bytes, times that of a panel, added to values [rows][32], or put there when it is the first. */

@@ -8,7 +8,8 @@
 
 INLINE struct bytes_layout layout_of(const struct matmul_call *c) {
     const int64_t padded = up_to(c->in, 4);
-    return (struct bytes_layout){.padded = padded, .share = DEPTH, .excess = 128, .is_for_tiles = fits_tiles(c, padded)};
+    const int is_for_tiles = c->rows > MOST_ROWS && fits_tiles(padded);
+    return (struct bytes_layout){.padded = padded, .share = DEPTH, .excess = 128, .is_for_tiles = is_for_tiles};
 }
 
 static TARGET_512 void multiply_rows(
