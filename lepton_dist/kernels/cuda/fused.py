@@ -9,7 +9,6 @@ import torch
 import triton
 
 from lepton_dist.kernels.cpu.tensors import has_heads_side_by_side
-from lepton_dist.kernels.cuda.ahead import launch_options, starts_ahead
 from lepton_dist.kernels.cuda.triton_attention import combine_kernel, decode_kernel
 from lepton_dist.kernels.cuda.triton_pointwise import add_rms_norm_kernel, enter_cache_kernel, gated_silu_kernel
 
@@ -131,11 +130,8 @@ def paged_decode(
         max(triton.next_power_of_2(group), _LEAST_DOT),
         padded,
         tile_tokens(query.dtype),
-        starts_ahead(),
-        **launch_options(),
     )
-    sizes = splits, dim, triton.next_power_of_2(splits), padded
-    combine_kernel[(count * heads,)](partial, weights, out, *sizes, starts_ahead(), **launch_options())
+    combine_kernel[(count * heads,)](partial, weights, out, splits, dim, triton.next_power_of_2(splits), padded)
     return out
 
 

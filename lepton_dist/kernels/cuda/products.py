@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 import triton
 
-from lepton_dist.kernels.cuda.ahead import launch_options, starts_ahead
 from lepton_dist.kernels.cuda.triton_product import add_product_kernel, enter_product_kernel, gated_product_kernel
 
 MOST_TOKENS = 4
@@ -44,9 +43,7 @@ def add_product(hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> 
     out = weight.shape[0]
     padded, tile = _fit(tokens, False)
     grid = (triton.cdiv(out, tile.rows),)
-    add_product_kernel[grid](
-        x, weight, hidden, tokens, dim, out, *_constants(padded, tile), num_warps=tile.warps, **launch_options()
-    )
+    add_product_kernel[grid](x, weight, hidden, tokens, dim, out, *_constants(padded, tile), num_warps=tile.warps)
 
 
 def gated_product(hidden: torch.Tensor, gain: torch.Tensor, eps: float, weight: torch.Tensor) -> torch.Tensor:
@@ -61,7 +58,7 @@ def gated_product(hidden: torch.Tensor, gain: torch.Tensor, eps: float, weight: 
     grid = (triton.cdiv(2 * ffn, tile.rows),)
     sizes = tokens, dim, ffn, eps
     constants = _constants(padded, tile)
-    gated_product_kernel[grid](hidden, gain, weight, out, *sizes, *constants, num_warps=tile.warps, **launch_options())
+    gated_product_kernel[grid](hidden, gain, weight, out, *sizes, *constants, num_warps=tile.warps)
     return out
 
 
@@ -91,7 +88,7 @@ def enter_product(
     tensors = hidden, gain, weight, cos, sin, slots, query, keys, values
     sizes = tokens, dim, heads, kv_heads, block_tokens, head_dim, half, eps
     constants = _constants(padded, tile)
-    enter_product_kernel[grid](*tensors, *sizes, *constants, num_warps=tile.warps, **launch_options())
+    enter_product_kernel[grid](*tensors, *sizes, *constants, num_warps=tile.warps)
     return query
 
 
@@ -101,6 +98,6 @@ def _fit(tokens: int, has_norm: bool) -> tuple[int, Tile]:
     return padded, tile_of(padded, has_norm)
 
 
-def _constants(padded: int, tile: Tile) -> tuple[int, int, int, int, bool]:
-    """TOKENS, ROWS, BLOCK, STAGES, AHEAD."""
-    return padded, tile.rows, tile.block, tile.stages, starts_ahead()
+def _constants(padded: int, tile: Tile) -> tuple[int, int, int, int]:
+    """TOKENS, ROWS, BLOCK, STAGES."""
+    return padded, tile.rows, tile.block, tile.stages

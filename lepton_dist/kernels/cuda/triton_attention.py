@@ -9,8 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lepton_dist.kernels.cuda.triton_ahead import wait_for_the_one_before
-
 
 @triton.jit
 def decode_kernel(
@@ -34,7 +32,6 @@ def decode_kernel(
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     TILE: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     """One part of one sequence's context, for the `group` query heads of one KV head.
 
@@ -43,7 +40,6 @@ def decode_kernel(
     [n, heads, num_splits, dim] holds softmax-weighted values that add up to weight one, and weights float32
     [n, heads, num_splits, 2] the largest score and the sum of exponentials. GROUP >= group, DIM >= dim.
     """
-    wait_for_the_one_before(AHEAD)
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     part = tl.program_id(2)
@@ -93,11 +89,8 @@ def decode_kernel(
 
 
 @triton.jit
-def combine_kernel(
-    partial, weights, out, num_splits, dim, SPLITS: tl.constexpr, DIM: tl.constexpr, AHEAD: tl.constexpr
-):
+def combine_kernel(partial, weights, out, num_splits, dim, SPLITS: tl.constexpr, DIM: tl.constexpr):
     """One head of one sequence: the parts of `decode_kernel` -> out [n, heads, dim]. SPLITS >= num_splits."""
-    wait_for_the_one_before(AHEAD)
     place = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, SPLITS)
     channel = tl.arange(0, DIM)

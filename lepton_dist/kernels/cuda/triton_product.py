@@ -10,11 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lepton_dist.kernels.cuda.triton_ahead import prefetch, wait_for_the_one_before
-
-# Channels of a row, of 2 bytes each, that come from memory together, and those that are fetched early.
-LINE, EARLY = tl.constexpr(64), tl.constexpr(1024)
-
 
 @triton.jit
 def _product(
@@ -31,18 +26,12 @@ def _product(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     """x [tokens, dim], or its RMS norm, times `row` int64 [ROWS] of weight [out, dim] -> [ROWS] for each of TOKENS.
 
     The scale of a norm is a factor of its product, which takes it at the end: x need not be read before. Sums stay in
     two dims, one tensor for each token: so every thread keeps the channels that it loaded, 16 bytes at a time.
     """
-    # What the loop begins with, on its way while the kernel before this one ends.
-    early = tl.arange(0, EARLY // LINE) * LINE
-    is_early = is_row[:, None] & (early < dim)[None, :]
-    prefetch(weight + tl.where(is_early, row[:, None] * dim + early[None, :], 0), AHEAD)
-    wait_for_the_one_before(AHEAD)
     total, square = (), ()
     for _ in tl.static_range(TOKENS):
         total = total + (tl.zeros([ROWS, BLOCK], tl.float32),)
@@ -83,11 +72,10 @@ def add_product_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     """ROWS channels of hidden float32 [tokens, out] += x [tokens, dim] times weight [out, dim]."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    products = _product(x, x, weight, row, row < out, tokens, dim, 0.0, False, TOKENS, ROWS, BLOCK, STAGES, AHEAD)
+    products = _product(x, x, weight, row, row < out, tokens, dim, 0.0, False, TOKENS, ROWS, BLOCK, STAGES)
     for token in tl.static_range(TOKENS):
         is_inside = (row < out) & (token < tokens)
         place = hidden + token * out + row
@@ -108,7 +96,6 @@ def gated_product_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     """ROWS / 2 channels of out [tokens, ffn] = silu(gate) * up.
 
@@ -119,9 +106,7 @@ def gated_product_kernel(
     member = tl.arange(0, ROWS)
     pair = first + member // 2  # a gate and its up are neighbours
     row = pair + member % 2 * ffn
-    products = _product(
-        hidden, gain, weight, row, pair < ffn, tokens, dim, eps, True, TOKENS, ROWS, BLOCK, STAGES, AHEAD
-    )
+    products = _product(hidden, gain, weight, row, pair < ffn, tokens, dim, eps, True, TOKENS, ROWS, BLOCK, STAGES)
     channel = first + tl.arange(0, PAIRS)
     for token in tl.static_range(TOKENS):
         gate, up = tl.split(tl.reshape(products[token], [PAIRS, 2]))
@@ -153,7 +138,6 @@ def enter_product_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     """ROWS / 2 pairs of channels that turn together, of the heads + 2 kv_heads that weight [out, dim] has in its rows.
 
@@ -172,9 +156,7 @@ def enter_product_kernel(
     low = tl.where(inside < half, inside, inside + half)
     reach = tl.where(inside < half, half, pairs - half)
     row = pair // pairs * head_dim + low + member % 2 * reach
-    products = _product(
-        hidden, gain, weight, row, pair < total, tokens, dim, eps, True, TOKENS, ROWS, BLOCK, STAGES, AHEAD
-    )
+    products = _product(hidden, gain, weight, row, pair < total, tokens, dim, eps, True, TOKENS, ROWS, BLOCK, STAGES)
     pair = first + tl.arange(0, PAIRS)
     head, inside = pair // pairs, pair % pairs
     low = tl.where(inside < half, inside, inside + half)

@@ -18,7 +18,7 @@ SHARED_BYTES = 99 << 10  # what a program may take on the smallest of these GPUs
 _I, _F = "i32", "fp32"
 
 
-def signatures(dtype: str, ahead: bool) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
+def signatures(dtype: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
     """Each kernel with the types of its arguments, and its constants, as Llama 3 8B has them; caches of `dtype`."""
     x = f"*{dtype}"
     norm = {"hidden": "*fp32", "delta": x, "weight": "*fp32", "out": x, "dim": _I, "eps": _F}
@@ -36,24 +36,17 @@ def signatures(dtype: str, ahead: bool) -> list[tuple[Any, dict[str, str], dict[
     }
     combine = {"partial": "*fp32", "weights": "*fp32", "out": x, "num_splits": _I, "dim": _I}
     tokens = tile_tokens(torch.bfloat16 if dtype == "bf16" else torch.float32)
-    tile = {
-        "BLOCK_TOKENS": 16,
-        "HAS_WINDOW": True,
-        "GROUP": 16,
-        "DIM": 256,
-        "TILE": tokens,
-        "AHEAD": ahead,
-    }  # the widest head
+    tile = {"BLOCK_TOKENS": 16, "HAS_WINDOW": True, "GROUP": 16, "DIM": 256, "TILE": tokens}  # the widest head
     return [
         (triton_pointwise.add_rms_norm_kernel, norm, {"HAS_DELTA": True, "BLOCK": 4096}),
         (triton_pointwise.gated_silu_kernel, gated, {"BLOCK": 1024}),
         (triton_pointwise.enter_cache_kernel, enter, {"HAS_ROPE": True, "DIM": 128, "HEADS": 8}),
         (triton_attention.decode_kernel, decode, tile),
-        (triton_attention.combine_kernel, combine, {"SPLITS": 32, "DIM": 128, "AHEAD": ahead}),
+        (triton_attention.combine_kernel, combine, {"SPLITS": 32, "DIM": 128}),
     ]
 
 
-def product_signatures(dtype: str, ahead: bool) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+def product_signatures(dtype: str) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     """The same of the kernels for few tokens, for each number of them."""
     x = f"*{dtype}"
     sizes = dict.fromkeys(("tokens", "dim"), _I)
@@ -67,14 +60,13 @@ def product_signatures(dtype: str, ahead: bool) -> Iterator[tuple[Any, dict[str,
         kinds = ((triton_product.add_product_kernel, add, False), (triton_product.gated_product_kernel, gated, True))
         for kernel, types, has_norm in (*kinds, (triton_product.enter_product_kernel, enter, True)):
             tile = products.tile_of(tokens, has_norm)
-            places = {"TOKENS": tokens, "ROWS": tile.rows, "BLOCK": tile.block, "STAGES": tile.stages, "AHEAD": ahead}
+            places = {"TOKENS": tokens, "ROWS": tile.rows, "BLOCK": tile.block, "STAGES": tile.stages}
             yield kernel, types, places
 
 
 def main(capability: int) -> None:
-    ahead = capability >= 90
     for dtype in ("bf16", "fp32"):
-        for kernel, types, constants in (*signatures(dtype, ahead), *product_signatures(dtype, ahead)):
+        for kernel, types, constants in (*signatures(dtype), *product_signatures(dtype)):
             if dtype == "fp32" and kernel.__module__ == triton_product.__name__:
                 continue  # only 16-bit weights go through them
             if dtype == "fp32" and kernel in (triton_pointwise.gated_silu_kernel, triton_attention.combine_kernel):
