@@ -77,6 +77,8 @@ def arg_max(scores: torch.Tensor, shard: VocabShard) -> torch.Tensor:
     -1 where a score is NaN.
     """
     values, local = row_maxima(scores)
+    if shard.group.size == 1:
+        return (local + shard.first).masked_fill_(values.isnan(), -1)
     # [tp, r, 2]: float64 holds both the score and the id exactly.
     best = shard.group.all_gather(torch.stack((values.double(), (local + shard.first).double()), dim=1))
     owner = best[:, :, 0].argmax(dim=0, keepdim=True)

@@ -18,7 +18,6 @@ def _product(
     weight,
     row,
     is_row,
-    tokens,
     dim,
     eps,
     HAS_NORM: tl.constexpr,
@@ -43,7 +42,7 @@ def _product(
         w = tl.load(weight + at, mask=is_row[:, None] & is_channel[None, :], other=0.0).to(tl.float32)
         sums, squares = (), ()
         for token in tl.static_range(TOKENS):
-            a = tl.load(x + token * dim + channel, mask=is_channel & (token < tokens), other=0.0).to(tl.float32)
+            a = tl.load(x + token * dim + channel, mask=is_channel, other=0.0).to(tl.float32)
             if HAS_NORM:
                 squares = squares + (square[token] + a * a,)
                 a *= tl.load(gain + channel, mask=is_channel, other=0.0)
@@ -65,7 +64,6 @@ def add_product_kernel(
     x,
     weight,
     hidden,
-    tokens,
     dim,
     out,
     TOKENS: tl.constexpr,
@@ -75,9 +73,9 @@ def add_product_kernel(
 ):
     """ROWS channels of hidden float32 [tokens, out] += x [tokens, dim] times weight [out, dim]."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    products = _product(x, x, weight, row, row < out, tokens, dim, 0.0, False, TOKENS, ROWS, BLOCK, STAGES)
+    products = _product(x, x, weight, row, row < out, dim, 0.0, False, TOKENS, ROWS, BLOCK, STAGES)
+    is_inside = row < out
     for token in tl.static_range(TOKENS):
-        is_inside = (row < out) & (token < tokens)
         place = hidden + token * out + row
         tl.store(place, tl.load(place, mask=is_inside) + products[token], mask=is_inside)
 
@@ -88,7 +86,6 @@ def gated_product_kernel(
     gain,
     weight,
     out,
-    tokens,
     dim,
     ffn,
     eps,
@@ -106,13 +103,12 @@ def gated_product_kernel(
     member = tl.arange(0, ROWS)
     pair = first + member // 2  # a gate and its up are neighbours
     row = pair + member % 2 * ffn
-    products = _product(hidden, gain, weight, row, pair < ffn, tokens, dim, eps, True, TOKENS, ROWS, BLOCK, STAGES)
+    products = _product(hidden, gain, weight, row, pair < ffn, dim, eps, True, TOKENS, ROWS, BLOCK, STAGES)
     channel = first + tl.arange(0, PAIRS)
     for token in tl.static_range(TOKENS):
         gate, up = tl.split(tl.reshape(products[token], [PAIRS, 2]))
         y = gate / (1.0 + tl.exp(-gate)) * up
-        is_inside = (channel < ffn) & (token < tokens)
-        tl.store(out + token * ffn + channel, y.to(out.dtype.element_ty), mask=is_inside)
+        tl.store(out + token * ffn + channel, y.to(out.dtype.element_ty), mask=channel < ffn)
 
 
 @triton.jit
@@ -126,7 +122,6 @@ def enter_product_kernel(
     query,
     keys,
     values,
-    tokens,
     dim,
     heads,
     kv_heads,
@@ -156,7 +151,7 @@ def enter_product_kernel(
     low = tl.where(inside < half, inside, inside + half)
     reach = tl.where(inside < half, half, pairs - half)
     row = pair // pairs * head_dim + low + member % 2 * reach
-    products = _product(hidden, gain, weight, row, pair < total, tokens, dim, eps, True, TOKENS, ROWS, BLOCK, STAGES)
+    products = _product(hidden, gain, weight, row, pair < total, dim, eps, True, TOKENS, ROWS, BLOCK, STAGES)
     pair = first + tl.arange(0, PAIRS)
     head, inside = pair // pairs, pair % pairs
     low = tl.where(inside < half, inside, inside + half)
@@ -166,19 +161,18 @@ def enter_product_kernel(
     is_key = (key_head >= 0) & (value_head < 0)
     turns = (inside < half) & (value_head < 0)
     for token in tl.static_range(TOKENS):
-        is_token = token < tokens
         a, b = tl.split(tl.reshape(products[token], [PAIRS, 2]))
-        c = tl.load(cos + token * half + inside, mask=turns & is_token, other=1.0)
-        s = tl.load(sin + token * half + inside, mask=turns & is_token, other=0.0)
+        c = tl.load(cos + token * half + inside, mask=turns, other=1.0)
+        s = tl.load(sin + token * half + inside, mask=turns, other=0.0)
         x, y = a * c - b * s, b * c + a * s
         place = query + (token * heads + head) * head_dim
-        tl.store(place + low, x.to(query.dtype.element_ty), mask=(key_head < 0) & is_token)
-        tl.store(place + high, y.to(query.dtype.element_ty), mask=(key_head < 0) & is_token)
-        slot = tl.load(slots + token, mask=is_token, other=0).to(tl.int64)
+        tl.store(place + low, x.to(query.dtype.element_ty), mask=(key_head < 0))
+        tl.store(place + high, y.to(query.dtype.element_ty), mask=(key_head < 0))
+        slot = tl.load(slots + token).to(tl.int64)
         block, within = slot // block_tokens, slot % block_tokens
         place = keys + ((block * kv_heads + key_head) * block_tokens + within) * head_dim
-        tl.store(place + low, x.to(keys.dtype.element_ty), mask=is_key & is_token)
-        tl.store(place + high, y.to(keys.dtype.element_ty), mask=is_key & is_token)
+        tl.store(place + low, x.to(keys.dtype.element_ty), mask=is_key)
+        tl.store(place + high, y.to(keys.dtype.element_ty), mask=is_key)
         place = values + ((block * kv_heads + value_head) * block_tokens + within) * head_dim
-        tl.store(place + low, x.to(values.dtype.element_ty), mask=is_value & is_token)
-        tl.store(place + high, y.to(values.dtype.element_ty), mask=is_value & is_token)
+        tl.store(place + low, x.to(values.dtype.element_ty), mask=is_value)
+        tl.store(place + high, y.to(values.dtype.element_ty), mask=is_value)

@@ -113,7 +113,7 @@ def test_a_batch_of_decodes_made_for_a_graph_is_the_same_batch() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "dim", "out"), [(1, 60, 10), (1, 1100, 5), (2, 512, 13), (3, 93, 17)])
+@pytest.mark.parametrize(("tokens", "dim", "out"), [(1, 60, 10), (1, 1100, 5), (2, 512, 13), (2, 93, 17)])
 def test_a_product_that_is_added(dtype: torch.dtype, tokens: int, dim: int, out: int) -> None:
     hidden, x = torch.randn(tokens, out), torch.randn(tokens, dim).to(dtype)
     weight = (torch.randn(out, dim) / dim**0.5).to(dtype)
@@ -123,7 +123,7 @@ def test_a_product_that_is_added(dtype: torch.dtype, tokens: int, dim: int, out:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "dim", "ffn"), [(1, 60, 10), (1, 600, 5), (2, 256, 13), (3, 93, 17)])
+@pytest.mark.parametrize(("tokens", "dim", "ffn"), [(1, 60, 10), (1, 600, 5), (2, 256, 13), (2, 93, 17)])
 def test_a_gated_product(dtype: torch.dtype, tokens: int, dim: int, ffn: int) -> None:
     hidden, gain = torch.randn(tokens, dim) * 5, torch.rand(dim) + 0.5
     weight = (torch.randn(2 * ffn, dim) / dim**0.5).to(dtype)
@@ -132,7 +132,7 @@ def test_a_gated_product(dtype: torch.dtype, tokens: int, dim: int, ffn: int) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "half"), [(6, 2, 16, 8), (9, 3, 8, 3), (5, 5, 12, 0)])
 def test_a_product_that_enters_the_cache(
     dtype: torch.dtype, tokens: int, heads: int, kv_heads: int, dim: int, half: int
@@ -155,14 +155,14 @@ def test_a_product_that_enters_the_cache(
 def test_a_layer_for_few_tokens(is_sharded: bool) -> None:
     plain = random_layer(torch.float32, torch.device("cpu"), (lambda x: x.mul_(2)) if is_sharded else unreduced)
     layer = replace(plain, fused=for_few_tokens(plain))
-    batch = decode_batch(3, 30)
+    batch = decode_batch(2, 30)
     results = []
     for which in (plain, layer):
         torch.manual_seed(1)
         cache = KvCache(KvGeometry(1, 2, 16, 16, torch.float32), 6)
         for arena in cache.arenas(0):
             arena.normal_()
-        hidden, delta, angles = torch.randn(3, 80), torch.randn(3, 80), torch.randn(3, 1, 8)
+        hidden, delta, angles = torch.randn(2, 80), torch.randn(2, 80), torch.randn(2, 1, 8)
         attend = CachedAttention(cache, lay_out(batch, 16).paged(torch.device("cpu")))
         added = which(hidden, delta, (angles.cos(), angles.sin()), 0, attend)
         assert (added is None) == (which is layer)
@@ -174,7 +174,7 @@ def test_a_layer_for_few_tokens(is_sharded: bool) -> None:
 def test_what_a_layer_for_few_tokens_leaves_to_the_other() -> None:
     plain = random_layer(torch.bfloat16, torch.device("cpu"))
     few = for_few_tokens(plain)
-    for batch, expected in ((decode_batch(4, 9), True), (decode_batch(5, 9), False), (prefill_batch(3), False)):
+    for batch, expected in ((decode_batch(2, 9), True), (decode_batch(3, 9), False), (prefill_batch(2), False)):
         paged = lay_out(batch, 16).paged(torch.device("cpu"))
         assert few.can_run(torch.zeros(batch.num_tokens, 80), paged) == expected
 

@@ -49,14 +49,13 @@ def signatures(dtype: str) -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
 def product_signatures(dtype: str) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     """The same of the kernels for few tokens, for each number of them."""
     x = f"*{dtype}"
-    sizes = dict.fromkeys(("tokens", "dim"), _I)
-    add = {"x": x, "weight": x, "hidden": "*fp32", **sizes, "out": _I}
-    normed = {"hidden": "*fp32", "gain": "*fp32", "weight": x, **sizes, "eps": _F}
+    add = {"x": x, "weight": x, "hidden": "*fp32", "dim": _I, "out": _I}
+    normed = {"hidden": "*fp32", "gain": "*fp32", "weight": x, "dim": _I, "eps": _F}
     gated = {**normed, "out": x, "ffn": _I}
     arenas = dict.fromkeys(("query", "keys", "values"), x)
     numbers = dict.fromkeys(("heads", "kv_heads", "block_tokens", "head_dim", "half"), _I)
     enter = {**normed, **arenas, "cos": "*fp32", "sin": "*fp32", "slots": "*i64", **numbers}
-    for tokens in (1, 2, 4):
+    for tokens in (1, 2):
         kinds = ((triton_product.add_product_kernel, add, False), (triton_product.gated_product_kernel, gated, True))
         for kernel, types, has_norm in (*kinds, (triton_product.enter_product_kernel, enter, True)):
             tile = products.tile_of(tokens, has_norm)

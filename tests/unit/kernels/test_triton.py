@@ -33,4 +33,4 @@ def test_the_kernels_compile(capability: int, tmp_path: Path) -> None:
         env={"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"},
     )
     assert job.returncode == 0, job.report()
-    assert job.stdout.count("compiled") == 17, job.report()
+    assert job.stdout.count("compiled") == 14, job.report()
