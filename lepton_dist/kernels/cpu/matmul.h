@@ -55,6 +55,7 @@ INLINE PANEL_TARGET void write_y(const struct matmul_call *c, int64_t row, int64
    one. Blocks that together are larger than the second cache stay there a depth at a time while `group` panels go by. */
 struct matmul_kind {
     int64_t rows, row_bytes, panel_bytes, depth, expanded_bytes, unit, group;
+    int can_skip; /* whether `ahead` may be NULL, or is memory that is there already: asking again costs less than a branch */
     void (*enter)(void), (*leave)(void); /* by each thread, before and after all its blocks; or NULL */
     void (*expand)(const struct matmul_call *c, const void *panel, int64_t k, void *expanded); /* NULL: not expanded */
     void (*lay_out)(const struct matmul_call *c, int64_t from, int64_t count, void *block);
@@ -81,6 +82,7 @@ static inline PANEL_TARGET int matmul(const struct matmul_call *c, const struct 
         const int64_t least = (rows + kind->rows - 1) / kind->rows;
         const int64_t block_rows = up_to((rows + least - 1) / least, kind->unit), blocks = (rows + block_rows - 1) / block_rows;
         const int64_t panels = num_panels(c->out), share = panels_a_share(c, kind->group, blocks);
+        const char *nothing = kind->can_skip ? NULL : packed;
 #pragma omp parallel num_threads(c->threads)
         {
             void *expanded = kind->expand == NULL ? NULL : scratch(EXPANDED_PANEL, kind->expanded_bytes);
@@ -100,20 +102,22 @@ static inline PANEL_TARGET int matmul(const struct matmul_call *c, const struct 
 #pragma omp for schedule(guided, 1)
             for (int64_t begin = 0; begin < panels; begin += share) {
                 const int64_t end = begin + share < panels ? begin + share : panels;
+                const char *first_panel = (const char *)c->weights + begin * kind->panel_bytes;
                 for (int64_t k = 0; can_run && k < c->in; k += kind->depth)
                     for (int64_t p = begin; p < end; p++) {
-                        const char *panel = (const char *)c->weights + p * kind->panel_bytes;
+                        const char *panel = first_panel + (p - begin) * kind->panel_bytes;
                         const char *here = panel + kind->panel_bytes * k / c->in;
-                        const char *next = p < end - 1                ? here + kind->panel_bytes
-                                           : k + kind->depth < c->in ? here + kind->panel_bytes * kind->depth / c->in -
-                                                                           (p - begin) * kind->panel_bytes
-                                                                     : panel + kind->panel_bytes;
+                        /* What comes behind: this depth of the next panel, the first one's next depth, or another share. */
+                        const char *next = panel + kind->panel_bytes;
+                        if (p < end - 1) next = here + kind->panel_bytes;
+                        else if (k + kind->depth < c->in) next = first_panel + kind->panel_bytes * (k + kind->depth) / c->in;
                         if (expanded != NULL) kind->expand(c, panel, k, expanded);
                         for (int64_t b = 0; b < blocks; b++) {
                             const int64_t first = b * block_rows, left = rows - first;
                             /* Weights to ask for meanwhile: the next ones during the last block, those just ahead during
                                the only one, unless that is done faster than memory comes. */
-                            const char *ahead = b < blocks - 1 || rows < READ_AHEAD_ROWS ? packed : blocks > 1 ? next : here + 4096;
+                            const char *soon = blocks > 1 ? next : here + 4096;
+                            const char *ahead = b < blocks - 1 || rows < READ_AHEAD_ROWS ? nothing : soon;
                             kind->multiply(
                                 c, packed + first * kind->row_bytes, left < block_rows ? left : block_rows,
                                 expanded != NULL ? expanded : panel, p, k, sums + ((p - begin) * room + first) * PANEL, ahead

@@ -98,7 +98,7 @@ INLINE TARGET_512 void multiply_depth(
 
 #if defined(HAS_TILES)
 /* Of 512 rows half a megabyte of x, and another one of sums for each of two threads on a core, stay in a cache of two. */
-#define BY_TILES .rows = MOST_TILE_ROWS, .unit = TILE_ROWS, .group = 8, .enter = take_tiles, .leave = put_tiles_away
+#define BY_TILES .rows = MOST_TILE_ROWS, .unit = TILE_ROWS, .group = 8, .can_skip = 1, .enter = take_tiles, .leave = put_tiles_away
 
 /* As `multiply_depth`, with the same results, for up to 32 rows. */
 INLINE TARGET_TILES void multiply_depth_by_tiles(
