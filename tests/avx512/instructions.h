@@ -1,5 +1,6 @@
-/* The instructions of AVX-512 and AMX that the kernels use, computed without them: in the order and with the roundings of Intel's
- * manual (Software Developer's Manual, volume 2), but that numbers too small for a normal float are not flushed to zero.
+/* The instructions of AVX-512 and AMX that the kernels use, computed without them: in the order and with the roundings of
+ * Intel's manual (Software Developer's Manual, volume 2), but that numbers too small for a normal float are not flushed to
+ * zero.
  *
  * vector_512.h includes this where EMULATED_512 names it.
  */
