@@ -44,7 +44,7 @@ def test_a_cache_that_does_not_fit_is_told() -> None:
         opened("mesh: {tp: 1}\ndevice: cuda\nengine: {kv_cache_bytes: 100TiB}")
 
 
-@pytest.mark.parametrize("count", [1, 3, 4, 8])
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_captured_steps_equal_eager_ones(count: int) -> None:
     context = 200
     blocks = count * -(-context // BLOCK_TOKENS)

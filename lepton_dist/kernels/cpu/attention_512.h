@@ -75,8 +75,11 @@ INLINE TARGET_512 void score_tile(struct tile_work *w, int64_t r, int64_t dim, c
     UNROLL for (int i = 0; i < 2 * rows; i++) _mm512_store_ps(w->scores[r] + i * RUN, (__m512)sum[i]);
 }
 
-/* The scores of a row become weights; keys outside [from, to) of the tile get none. */
-INLINE TARGET_512 void weigh_tile(struct tile_work *w, int64_t r, int64_t dim, float scale, int64_t from, int64_t to) {
+/* The scores of a row become weights; it sees the keys of the tile before `to`, or of them as many as the window has. */
+INLINE TARGET_512 void weigh_tile(
+    const struct paged_call *c, struct tile_work *w, int64_t r, int64_t dim, float scale, int64_t to
+) {
+    const int64_t from = c->window ? to - c->window : 0;
     const uint32_t below_to = to >= TILE ? 0xffffffff : to <= 0 ? 0 : (1u << to) - 1;
     const uint32_t below_from = from >= TILE ? 0xffffffff : from <= 0 ? 0 : (1u << from) - 1;
     const uint32_t seen = below_to & ~below_from;
@@ -99,13 +102,6 @@ INLINE TARGET_512 void weigh_tile(struct tile_work *w, int64_t r, int64_t dim, f
     const __m512 weights1 = _mm512_maskz_mov_ps((__mmask16)(seen >> 16), exp_512(_mm512_sub_ps(top, highest)));
     _mm512_store_ps(w->total[r], _mm512_add_ps(total, _mm512_add_ps(weights0, weights1)));
     _mm512_store_si512(w->weights[r], (__m512i)_mm512_cvtne2ps_pbh(weights1, weights0));
-}
-
-/* Row r, which sees the keys of the tile before `end`, and of those as many as the window has. */
-INLINE TARGET_512 void weigh_row(
-    const struct paged_call *c, struct tile_work *w, int64_t r, int64_t dim, float scale, int64_t end
-) {
-    weigh_tile(w, r, dim, scale, c->window ? end - c->window : 0, end);
 }
 
 /* Add the weighted values to rows [r, r + rows), `vectors` of 16 channels from channel d on. */
@@ -133,8 +129,7 @@ INLINE TARGET_512 void mix_tile(
 INLINE TARGET_TILES void score_by_matrices(struct tile_work *w, int64_t rows, int64_t dim) {
     const struct tile_strides strides = {dim * 2, 64, TILE * 4};
     zero_sums();
-    if (rows > TILE_ROWS) multiply_tiles(w->query, w->keys, strides, dim / 32, 1, HALVES, NULL);
-    else multiply_tiles(w->query, w->keys, strides, dim / 32, 0, HALVES, NULL);
+    multiply_tiles(w->query, w->keys, strides, dim / 32, rows > TILE_ROWS, HALVES, NULL);
     store_sums(w->scores, TILE * 4, rows > TILE_ROWS);
 }
 
@@ -143,8 +138,7 @@ INLINE TARGET_TILES void mix_by_matrices(struct tile_work *w, int64_t rows, int6
     const struct tile_strides strides = {TILE / 2 * 4, 0, dim * 4};
     for (int64_t d = 0; d < dim; d += 32) {
         load_sums(w->mixed + d, dim * 4, rows > TILE_ROWS);
-        if (rows > TILE_ROWS) multiply_tiles(w->weights, w->values + d, strides, 1, 1, HALVES, NULL);
-        else multiply_tiles(w->weights, w->values + d, strides, 1, 0, HALVES, NULL);
+        multiply_tiles(w->weights, w->values + d, strides, 1, rows > TILE_ROWS, HALVES, NULL);
         store_sums(w->mixed + d, dim * 4, rows > TILE_ROWS);
     }
 }
@@ -225,7 +219,7 @@ static TARGET_TILES void attend_tiles(
 #if defined(HAS_TILES)
             if (by_matrices) {
                 score_by_matrices(w, rows, dim);
-                for (int64_t i = 0; i < rows; i++) weigh_row(c, w, i, dim, scale, seen + i / group - at);
+                for (int64_t i = 0; i < rows; i++) weigh_tile(c, w, i, dim, scale, seen + i / group - at);
                 mix_by_matrices(w, rows, dim);
                 continue;
             }
@@ -235,7 +229,7 @@ static TARGET_TILES void attend_tiles(
                 FOR_ROWS_UP_TO_4(to - r, KERNEL)
 #undef KERNEL
                 for (int64_t i = r; i < to && i < r + FEW_ROWS_512; i++)
-                    weigh_row(c, w, i, dim, scale, seen + (i - from) / group - at);
+                    weigh_tile(c, w, i, dim, scale, seen + (i - from) / group - at);
                 int64_t d = 0;
                 for (; d + 64 <= dim; d += 64) {
 #define KERNEL(n) mix_tile(w, r, d, dim, pairs, n, 4)

@@ -11,7 +11,7 @@
 #define NARROW narrow
 #endif
 #define CHUNK_ROWS 516    /* rows of x that go over the weights together: they stay in the cache meanwhile */
-#define MANY_BLOCKS 4
+#define MANY_BLOCKS 4     /* of rows, from which on a thread may take several panels together */
 #define READ_AHEAD_ROWS 6 /* of x from which weights are asked for ahead of need: fewer wait for memory all the time */
 
 /* x [rows, in] and y [rows, out]; a kind of 0 is float32, 1 is bfloat16. Strides are in elements. */
@@ -49,6 +49,11 @@ INLINE PANEL_TARGET void write_y(const struct matmul_call *c, int64_t row, int64
     NARROW(values, count, c->y, c->y_kind, at);
 }
 
+typedef void multiply_function(
+    const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, int64_t k,
+    float *values, const char *ahead
+);
+
 /* What tells the kinds apart: x is laid out in blocks of up to `rows` rows, `row_bytes` each, and a block is multiplied
    with a panel of `panel_bytes`: at once, or `depth` of `in` after `depth`, each expanded once for all blocks, in which
    case `multiply` adds to `values` from the second on. Blocks are multiples of `unit` rows but the last, which has room for
@@ -59,10 +64,7 @@ struct matmul_kind {
     void (*enter)(void), (*leave)(void); /* by each thread, before and after all its blocks; or NULL */
     void (*expand)(const struct matmul_call *c, const void *panel, int64_t k, void *expanded); /* NULL: not expanded */
     void (*lay_out)(const struct matmul_call *c, int64_t from, int64_t count, void *block);
-    void (*multiply)(
-        const struct matmul_call *c, const void *block, int64_t count, const void *panel, int64_t number, int64_t k,
-        float *values, const char *ahead
-    );
+    multiply_function *multiply;
 };
 
 /* Panels that a thread takes together: `group` of them where rows fill many blocks, but no fewer shares than level out. */

@@ -77,6 +77,13 @@ INLINE TARGET_512 void round_to_bytes(
         }
 }
 
+/* Sums of 16 features times the scales of their row and of their own: added to `values`, or put there when they are the first. */
+INLINE TARGET_512 void put_scaled(__m512i sum, float row_scale, const float *scales, int is_first, float *values) {
+    const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(row_scale), _mm512_loadu_ps(scales));
+    const __m512 before = is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(values);
+    _mm512_storeu_ps(values, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, before));
+}
+
 /* DEPTH of x, rounded to bytes, times that of bytes of weights with a scale a feature [32]: added to values [count][32], or
    put there when it is the first. */
 INLINE TARGET_512 void multiply_depth(
@@ -89,16 +96,21 @@ INLINE TARGET_512 void multiply_depth(
     __m512i sum[2 * MOST_ROWS];
     UNROLL for (int i = 0; i < 2 * rows; i++) sum[i] = _mm512_set1_epi32(-excess[i / 2]);
     multiply_rows_of_words(x, rows, 1, weights, depth / 4, rows, BYTES, ahead, sum);
-    UNROLL for (int i = 0; i < 2 * rows; i++) {
-        const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(row_scales[i / 2]), _mm512_loadu_ps(scales + i % 2 * 16));
-        const __m512 before = k == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(values + i * 16);
-        _mm512_storeu_ps(values + i * 16, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i]), scale, before));
-    }
+    UNROLL for (int i = 0; i < 2 * rows; i++) put_scaled(sum[i], row_scales[i / 2], scales + i % 2 * 16, k == 0, values + i * 16);
 }
 
 #if defined(HAS_TILES)
-/* Of 512 rows half a megabyte of x, and another one of sums for each of two threads on a core, stay in a cache of two. */
-#define BY_TILES .rows = MOST_TILE_ROWS, .unit = TILE_ROWS, .group = 8, .can_skip = 1, .enter = take_tiles, .leave = put_tiles_away
+/* Have blocks of whole tiles, for `multiply`. Of 512 rows half a megabyte of x, and another one of sums for each of two threads
+   on a core, stay in a cache of two. */
+INLINE void use_tiles(struct matmul_kind *kind, multiply_function *multiply) {
+    kind->rows = MOST_TILE_ROWS;
+    kind->unit = TILE_ROWS;
+    kind->group = 8;
+    kind->can_skip = 1;
+    kind->enter = take_tiles;
+    kind->leave = put_tiles_away;
+    kind->multiply = multiply;
+}
 
 /* As `multiply_depth`, with the same results, for up to 32 rows. */
 INLINE TARGET_TILES void multiply_depth_by_tiles(
@@ -112,14 +124,11 @@ INLINE TARGET_TILES void multiply_depth_by_tiles(
     const float *row_scales = byte_scales(l, block, rows) + number * rows;
     int32_t sums[MOST_TILE_ROWS * PANEL] __attribute__((aligned(64)));
     zero_sums();
-    if (count > TILE_ROWS) multiply_block(x, weights, depth / 64, 1, BYTES, ahead);
-    else multiply_block(x, weights, depth / 64, 0, BYTES, ahead);
+    multiply_block(x, weights, depth / 64, count > TILE_ROWS, BYTES, ahead);
     store_sums(sums, PANEL_STRIDE, count > TILE_ROWS);
     for (int64_t i = 0; i < 2 * count; i++) {
         const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums + i * 16), _mm512_set1_epi32(excess[i / 2]));
-        const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(row_scales[i / 2]), _mm512_loadu_ps(scales + i % 2 * 16));
-        const __m512 before = k == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(values + i * 16);
-        _mm512_storeu_ps(values + i * 16, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, before));
+        put_scaled(sum, row_scales[i / 2], scales + i % 2 * 16, k == 0, values + i * 16);
     }
 }
 #endif

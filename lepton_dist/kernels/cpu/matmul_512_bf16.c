@@ -72,41 +72,31 @@ static TARGET_TILES void multiply_rows_by_tiles(
     (void)number;
     if (k == 0) zero_sums();
     else load_sums(values, PANEL_STRIDE, is_wide);
-    if (is_wide) multiply_block(x, weights, steps, 1, HALVES, ahead);
-    else multiply_block(x, weights, steps, 0, HALVES, ahead);
+    multiply_block(x, weights, steps, is_wide, HALVES, ahead);
     store_sums(values, PANEL_STRIDE, is_wide);
 }
 #endif
 
 /* 0, or 1 when there is no memory. */
 int lepton_matmul_bf16_512(const struct matmul_call *c) {
+    struct matmul_kind kind = {
+        .rows = MOST_ROWS,
+        .unit = 1,
+        .group = 1,
+        .row_bytes = up_to(c->in, 2) * 2,
+        .panel_bytes = up_to(c->in, 2) * PANEL * 2,
+        .depth = PAIR_DEPTH,
+        .lay_out = lay_out,
+        .multiply = multiply_rows,
+    };
 #if defined(HAS_TILES)
-    if (fits_tiles(c->in * 2))
-        return matmul(
-            c,
-            &(struct matmul_kind){
-                BY_TILES,
-                .row_bytes = c->in * 2,
-                .panel_bytes = c->in * 2 * PANEL,
-                .depth = DEPTH,
-                .lay_out = lay_out_tiles,
-                .multiply = multiply_rows_by_tiles,
-            }
-        );
+    if (fits_tiles(c->in * 2)) {
+        use_tiles(&kind, multiply_rows_by_tiles);
+        kind.depth = DEPTH;
+        kind.lay_out = lay_out_tiles;
+    }
 #endif
-    return matmul(
-        c,
-        &(struct matmul_kind){
-            .rows = MOST_ROWS,
-            .unit = 1,
-            .group = 1,
-            .row_bytes = up_to(c->in, 2) * 2,
-            .panel_bytes = up_to(c->in, 2) * PANEL * 2,
-            .depth = PAIR_DEPTH,
-            .lay_out = lay_out,
-            .multiply = multiply_rows,
-        }
-    );
+    return matmul(c, &kind);
 }
 
 /* Eight pairs of k, from pair `k` on, of all rows of a panel, eight rows at a time. AVX2 is enough: it waits for memory. */

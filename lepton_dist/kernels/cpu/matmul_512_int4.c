@@ -155,37 +155,22 @@ static TARGET_512 void round_rows(const struct matmul_call *c, int64_t from, int
 int lepton_matmul_int4_512(const struct matmul_call *c) {
     const int is_expanded = has_many_rows(c);
     const struct bytes_layout layout = layout_of(c);
+    struct matmul_kind kind = {
+        .rows = MOST_ROWS,
+        .unit = 1,
+        .group = 1,
+        .row_bytes = byte_row_bytes(&layout),
+        .panel_bytes = layout.padded / c->group * group_bytes(c->group),
+        .depth = DEPTH,
+        .expanded_bytes = sizeof(struct expanded),
+        .expand = is_expanded ? expand : NULL,
+        .lay_out = round_rows,
+        .multiply = is_expanded ? multiply_many_rows : multiply_few_rows,
+    };
 #if defined(HAS_TILES)
-    if (layout.is_for_tiles)
-        return matmul(
-            c,
-            &(struct matmul_kind){
-                BY_TILES,
-                .row_bytes = byte_row_bytes(&layout),
-                .panel_bytes = layout.padded / c->group * group_bytes(c->group),
-                .depth = DEPTH,
-                .expanded_bytes = sizeof(struct expanded),
-                .expand = expand,
-                .lay_out = round_rows,
-                .multiply = multiply_many_rows_by_tiles,
-            }
-        );
+    if (layout.is_for_tiles) use_tiles(&kind, multiply_many_rows_by_tiles);
 #endif
-    return matmul(
-        c,
-        &(struct matmul_kind){
-            .rows = MOST_ROWS,
-            .unit = 1,
-            .group = 1,
-            .row_bytes = byte_row_bytes(&layout),
-            .panel_bytes = layout.padded / c->group * group_bytes(c->group),
-            .depth = DEPTH,
-            .expanded_bytes = sizeof(struct expanded),
-            .expand = is_expanded ? expand : NULL,
-            .lay_out = round_rows,
-            .multiply = is_expanded ? multiply_many_rows : multiply_few_rows,
-        }
-    );
+    return matmul(c, &kind);
 }
 
 /* One group of one output feature: the value of the largest magnitude goes to -8, so that all 16 steps are used. */

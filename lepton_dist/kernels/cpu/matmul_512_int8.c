@@ -43,33 +43,20 @@ static TARGET_TILES void multiply_rows_by_tiles(
 /* scales float32 [out]. 0, or 1 when there is no memory. */
 int lepton_matmul_int8_512(const struct matmul_call *c) {
     const struct bytes_layout layout = layout_of(c);
+    struct matmul_kind kind = {
+        .rows = MOST_ROWS,
+        .unit = 1,
+        .group = 1,
+        .row_bytes = byte_row_bytes(&layout),
+        .panel_bytes = layout.padded * PANEL,
+        .depth = DEPTH,
+        .lay_out = round_rows,
+        .multiply = multiply_rows,
+    };
 #if defined(HAS_TILES)
-    if (layout.is_for_tiles)
-        return matmul(
-            c,
-            &(struct matmul_kind){
-                BY_TILES,
-                .row_bytes = byte_row_bytes(&layout),
-                .panel_bytes = layout.padded * PANEL,
-                .depth = DEPTH,
-                .lay_out = round_rows,
-                .multiply = multiply_rows_by_tiles,
-            }
-        );
+    if (layout.is_for_tiles) use_tiles(&kind, multiply_rows_by_tiles);
 #endif
-    return matmul(
-        c,
-        &(struct matmul_kind){
-            .rows = MOST_ROWS,
-            .unit = 1,
-            .group = 1,
-            .row_bytes = byte_row_bytes(&layout),
-            .panel_bytes = layout.padded * PANEL,
-            .depth = DEPTH,
-            .lay_out = round_rows,
-            .multiply = multiply_rows,
-        }
-    );
+    return matmul(c, &kind);
 }
 
 /* The row that begins at index `at`, zeros when that is negative, to every 32nd quad of `to`; returns its scale. */

@@ -70,21 +70,18 @@ struct tile_strides {
     int64_t x_stride, x_step, weight_stride;
 };
 
-/* Add x [rows][steps][16 words] times weights [steps][16 words][2 x 16 features] to the sums. `ahead` is what to ask memory
-   for meanwhile, or NULL. `is_wide` and `word` are constants where this is called. */
-INLINE TARGET_TILES void multiply_tiles(
-    const void *x, const void *weights, struct tile_strides by, int64_t steps, const int is_wide, const enum word word,
+/* `multiply_tiles` where `is_wide` and `word` are constants. */
+INLINE TARGET_TILES void multiply_tiles_of(
+    const char *x, const char *weights, struct tile_strides by, int64_t steps, const int is_wide, const enum word word,
     const char *ahead
 ) {
-    __asm__ volatile("" ::: "memory"); /* compilers do not know that tiles are loaded from memory: all must be there */
-    const char *rows = x, *words = weights;
-    for (int64_t s = 0; s < steps; s++, rows += by.x_step, words += TILE_WORDS * by.weight_stride) {
+    for (int64_t s = 0; s < steps; s++, x += by.x_step, weights += TILE_WORDS * by.weight_stride) {
         if (ahead != NULL)
             for (int64_t i = 0; i < TILE_WORDS; i++) read_ahead(ahead + (s * TILE_WORDS + i) * PANEL_STRIDE);
-        _tile_loadd(6, words, by.weight_stride);
-        _tile_loadd(7, words + 64, by.weight_stride);
-        _tile_loadd(4, rows, by.x_stride);
-        if (is_wide) _tile_loadd(5, rows + TILE_ROWS * by.x_stride, by.x_stride);
+        _tile_loadd(6, weights, by.weight_stride);
+        _tile_loadd(7, weights + 64, by.weight_stride);
+        _tile_loadd(4, x, by.x_stride);
+        if (is_wide) _tile_loadd(5, x + TILE_ROWS * by.x_stride, by.x_stride);
         if (word == HALVES) {
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
@@ -99,9 +96,20 @@ INLINE TARGET_TILES void multiply_tiles(
     }
 }
 
-/* Rows of such a block, times a panel, added to the sums. */
+/* Add x [rows][steps][16 words] times weights [steps][16 words][2 x 16 features] to the sums. `ahead` is what to ask memory
+   for meanwhile, or NULL. `word` is a constant where this is called. */
+INLINE TARGET_TILES void multiply_tiles(
+    const void *x, const void *weights, struct tile_strides by, int64_t steps, int is_wide, const enum word word,
+    const char *ahead
+) {
+    __asm__ volatile("" ::: "memory"); /* compilers do not know that tiles are loaded from memory: all must be there */
+    if (is_wide) multiply_tiles_of(x, weights, by, steps, 1, word, ahead);
+    else multiply_tiles_of(x, weights, by, steps, 0, word, ahead);
+}
+
+/* Rows of a matmul's block, times a panel, added to the sums. */
 INLINE TARGET_TILES void multiply_block(
-    const char *x, const void *panel, int64_t steps, const int is_wide, const enum word word, const char *ahead
+    const void *x, const void *panel, int64_t steps, int is_wide, const enum word word, const char *ahead
 ) {
     const struct tile_strides strides = {64, (is_wide ? MOST_TILE_ROWS : TILE_ROWS) * 64, PANEL_STRIDE};
     multiply_tiles(x, panel, strides, steps, is_wide, word, ahead);

@@ -28,12 +28,10 @@
 #define TARGET_512 TARGET
 #define TARGET_TILES TARGET
 #else
-#define TARGET_512 \
-    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,prefer-vector-width=512")))
+#define FEATURES_512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,prefer-vector-width=512"
+#define TARGET_512 __attribute__((target(FEATURES_512)))
 #if defined(HAS_TILES)
-#define TARGET_TILES \
-    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,prefer-vector-width=512," \
-                          "amx-tile,amx-bf16,amx-int8")))
+#define TARGET_TILES __attribute__((target(FEATURES_512 ",amx-tile,amx-bf16,amx-int8")))
 #else
 #define TARGET_TILES TARGET_512
 #endif
