@@ -11,6 +11,9 @@
 #if defined(HAS_AVX512) && defined(__x86_64__)
 #include "matmul_512.h"
 
+#define FEW_ROWS 8 /* in a block: more have no registers for the sums of a group beside those of all groups */
+#define MANY_ROWS 64 /* from which on expanding a panel takes less than scaling the sums of groups; as measured */
+
 INLINE int64_t group_bytes(int64_t group) { return group / 2 * PANEL + PANEL * 2; }
 
 /* The scales of a group, behind its weights, of 16 features. */
@@ -18,7 +21,10 @@ INLINE TARGET_512 __m512 load_scales(const uint8_t *group, int64_t size, int hal
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(group + size / 2 * PANEL) + half));
 }
 
-INLINE int has_many_rows(const struct matmul_call *c) { return c->rows >= 12 + c->group / 4; } /* as measured */
+/* Matrix instructions want bytes to multiply, so that with them fewer rows are many. */
+INLINE int has_many_rows(const struct matmul_call *c) {
+    return c->rows >= (lepton_has_tiles() ? 12 + c->group / 4 : MANY_ROWS);
+}
 
 INLINE struct bytes_layout layout_of(const struct matmul_call *c) {
     const int64_t padded = up_to(c->in, c->group);
@@ -34,10 +40,10 @@ INLINE TARGET_512 void multiply(
     const int32_t *x = (const int32_t *)block + k / 4 * rows, *excess = byte_excess(l, block, rows) + k / size * rows;
     const float *row_scales = byte_scales(l, block, rows) + k / DEPTH * rows;
     const __m512i nibble = _mm512_set1_epi8(15);
-    __m512 total[2 * MOST_ROWS];
+    __m512 total[2 * FEW_ROWS];
     UNROLL for (int i = 0; i < 2 * rows; i++) total[i] = _mm512_setzero_ps();
     for (int64_t g = 0; g < depth / size; g++, panel += group_bytes(size), excess += rows) {
-        __m512i sum[2 * MOST_ROWS];
+        __m512i sum[2 * FEW_ROWS];
         UNROLL for (int r = 0; r < rows; r++) sum[2 * r] = sum[2 * r + 1] = _mm512_set1_epi32(-excess[r]);
         for (int64_t q = 0; q < size / 8; q++, x += 2 * rows, ahead += 128) {
             read_ahead(ahead);
@@ -73,7 +79,7 @@ static TARGET_512 void multiply_few_rows(
     const uint8_t *weights = (const uint8_t *)panel + k / c->group * group_bytes(c->group);
     (void)number;
 #define KERNEL(n) multiply(&layout, block, weights, k, values, ahead, n)
-    FOR_ROWS_UP_TO_12(count, KERNEL)
+    FOR_ROWS_UP_TO_8(count, KERNEL)
 #undef KERNEL
 }
 
@@ -156,7 +162,7 @@ int lepton_matmul_int4_512(const struct matmul_call *c) {
     const int is_expanded = has_many_rows(c);
     const struct bytes_layout layout = layout_of(c);
     struct matmul_kind kind = {
-        .rows = MOST_ROWS,
+        .rows = is_expanded ? MOST_ROWS : FEW_ROWS,
         .unit = 1,
         .group = 1,
         .row_bytes = byte_row_bytes(&layout),

@@ -45,9 +45,10 @@
 #define ROWS_4_AND_5(KERNEL) \
     case 4: KERNEL(4); break; \
     case 5: KERNEL(5); break;
-#define ROWS_6_TO_11(KERNEL) \
+#define ROWS_6_AND_7(KERNEL) \
     case 6: KERNEL(6); break; \
-    case 7: KERNEL(7); break; \
+    case 7: KERNEL(7); break;
+#define ROWS_8_TO_11(KERNEL) \
     case 8: KERNEL(8); break; \
     case 9: KERNEL(9); break; \
     case 10: KERNEL(10); break; \
@@ -55,8 +56,12 @@
 #define FOR_ROWS_UP_TO_4(count, KERNEL) switch (count) { ROWS_1_TO_3(KERNEL) default: KERNEL(4); break; }
 #define FOR_ROWS_UP_TO_6(count, KERNEL) \
     switch (count) { ROWS_1_TO_3(KERNEL) ROWS_4_AND_5(KERNEL) default: KERNEL(6); break; }
+#define FOR_ROWS_UP_TO_8(count, KERNEL) \
+    switch (count) { ROWS_1_TO_3(KERNEL) ROWS_4_AND_5(KERNEL) ROWS_6_AND_7(KERNEL) default: KERNEL(8); break; }
 #define FOR_ROWS_UP_TO_12(count, KERNEL) \
-    switch (count) { ROWS_1_TO_3(KERNEL) ROWS_4_AND_5(KERNEL) ROWS_6_TO_11(KERNEL) default: KERNEL(12); break; }
+    switch (count) { \
+        ROWS_1_TO_3(KERNEL) ROWS_4_AND_5(KERNEL) ROWS_6_AND_7(KERNEL) ROWS_8_TO_11(KERNEL) default: KERNEL(12); break; \
+    }
 
 enum vector_level { NO_VECTORS, AVX2, AVX512 };
 

@@ -91,8 +91,8 @@ def test_bfloat16_panels_of_avx512_are_packed_below_it_too(in_features: int, out
 @given(shape=sizes)
 def test_rounded_panels_equal_the_reference(kind: str, level: VectorLevel, shape: tuple[int, int, int]) -> None:
     x, weight = case(*shape)
-    if kind in INT4 and level == VectorLevel.AVX512:
-        x = x[:19]  # more are multiplied with expanded panels
+    if kind in INT4 and level == VectorLevel.AVX512 and has_tiles():
+        x = x[:19]  # more are multiplied with expanded panels; without matrix instructions more than 63
     dense = RoundedWeight(weight, kind).dense(torch.float64)
     y = PanelWeight.of(weight, kind, level).matmul(x)
     worst = worst_of_rounding(x, dense, *rounded_x(kind, level))
@@ -113,7 +113,7 @@ def test_weights_round_as_the_reference_also_where_two_are_the_largest(kind: str
 @at_each_level
 @pytest.mark.parametrize("kind", INT4)
 @settings(max_examples=60, deadline=None)
-@given(shape=st.tuples(st.integers(33, 60), st.integers(1, 1200) | whole_tiles, st.integers(1, 70)))
+@given(shape=st.tuples(st.integers(64, 90), st.integers(1, 1200) | whole_tiles, st.integers(1, 70)))
 def test_expanded_panels_equal_the_reference(kind: str, level: VectorLevel, shape: tuple[int, int, int]) -> None:
     x, weight = case(*shape)
     weight[:, : shape[1] // 2] *= 30  # scales of one row that lie far apart
@@ -135,8 +135,8 @@ def test_expanded_panels_equal_the_reference(kind: str, level: VectorLevel, shap
 @pytest.mark.parametrize("kind", INT4)
 def test_sums_of_expanded_panels_do_not_overflow(kind: str, level: VectorLevel) -> None:
     """The largest values everywhere, of one sign."""
-    y = PanelWeight.of(torch.full((16, 4096), -1.0), kind, level).matmul(torch.ones(50, 4096))
-    assert torch.allclose(y, torch.full((50, 16), -4096.0), rtol=1e-3)
+    y = PanelWeight.of(torch.full((16, 4096), -1.0), kind, level).matmul(torch.ones(70, 4096))
+    assert torch.allclose(y, torch.full((70, 16), -4096.0), rtol=1e-3)
 
 
 @at_each_level
