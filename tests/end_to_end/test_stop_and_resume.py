@@ -113,7 +113,7 @@ def test_a_second_signal_leaves_at_once(undisturbed: Undisturbed, tmp_path: Path
 
 def test_a_signal_before_there_is_anything_to_finish_leaves_at_once(undisturbed: Undisturbed, tmp_path: Path) -> None:
     words = generate(MODEL, undisturbed.source, tmp_path / "out.jsonl", *SETTINGS)
-    for seconds in (0.3, 1.5):
+    for seconds in (0.3, 0.7):  # torch alone takes longer to import; a fast machine has results after 1.5
         with launched(2, words) as job:
             for pid in rank_pids(job, 2):
                 wait_for_guardian(job, pid)
