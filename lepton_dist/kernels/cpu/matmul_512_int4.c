@@ -11,7 +11,7 @@
 #if defined(HAS_AVX512) && defined(__x86_64__)
 #include "matmul_512.h"
 
-#define FEW_ROWS 8 /* in a block: more have no registers for the sums of a group beside those of all groups */
+#define FEW_ROWS 8 /* in a block: their sums of a group and of all groups are as many as there are registers */
 #define MANY_ROWS 64 /* from which on expanding a panel takes less than scaling the sums of groups; as measured */
 
 INLINE int64_t group_bytes(int64_t group) { return group / 2 * PANEL + PANEL * 2; }
