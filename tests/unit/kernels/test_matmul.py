@@ -133,7 +133,7 @@ def test_expanded_panels_equal_the_reference(kind: str, level: VectorLevel, shap
 
 @at_each_level
 @pytest.mark.parametrize("kind", INT4)
-@pytest.mark.parametrize("rows", [50, 70])  # from 33 on they are expanded below AVX-512, on it from 64 on, with AMX from 20
+@pytest.mark.parametrize("rows", [50, 70])  # expanded from 33 on; on AVX-512 from 64 on, with AMX from 20
 def test_sums_of_expanded_panels_do_not_overflow(kind: str, level: VectorLevel, rows: int) -> None:
     """The largest values everywhere, of one sign."""
     y = PanelWeight.of(torch.full((16, 4096), -1.0), kind, level).matmul(torch.ones(rows, 4096))
