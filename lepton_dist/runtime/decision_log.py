@@ -18,7 +18,8 @@ _PRIVATE = 0o600  # it holds the ids of rows
 def decision_log(path: str | None) -> Iterator[Write | None]:
     """What takes the lines of a log in a new file `path`; None where no log is wanted.
 
-    A disk that fails meanwhile ends the log, not the run.
+    A disk that fails meanwhile ends the log, not the run. What is told after the run's end, while replicas still answer
+    and the session closes, is left out: nothing is decided any more.
 
     Raises:
         OutputError: the file cannot be written.
@@ -40,10 +41,10 @@ def decision_log(path: str | None) -> Iterator[Write | None]:
 class _Log:
     def __init__(self, stream: TextIO, path: str) -> None:
         self._stream, self._path = stream, path
-        self._has_failed = False
+        self._is_over = False
 
     def write(self, line: str) -> None:
-        if not self._has_failed:
+        if not self._is_over:
             try:
                 self._stream.write(line)
             except OSError as error:
@@ -53,9 +54,10 @@ class _Log:
         try:
             self._stream.close()  # writes what is left
         except OSError as error:
-            if not self._has_failed:
+            if not self._is_over:
                 self._fail(error)
+        self._is_over = True
 
     def _fail(self, error: OSError) -> None:
-        self._has_failed = True
+        self._is_over = True
         notice(f"warning: the decision log ends here: {self._path}: {error.strerror}")
