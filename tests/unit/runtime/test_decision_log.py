@@ -13,7 +13,7 @@ def test_lines_until_the_end_and_none_after(tmp_path: Path) -> None:
     with decision_log(str(tmp_path / "log.jsonl")) as write:
         assert write is not None
         write("first\n")
-    # A replica's last word, while the session closes: before, a run of which all rows were written ended with a traceback.
+    # A replica's last word, while the session closes: it ended a run of which all rows were written with a traceback.
     write("late\n")
     assert (tmp_path / "log.jsonl").read_text() == "first\n"
 
