@@ -36,7 +36,7 @@ INLINE int64_t place(const struct paged_call *c, const int64_t *table, int64_t k
 /* Ask for memory ahead of need: blocks lie anywhere, and no hardware guesses the next. */
 INLINE void fetch(const void *from, int64_t kind, int64_t at, int64_t count) {
     const char *first = (const char *)from + at * (kind ? 2 : 4);
-    for (int64_t i = 0; i < count * (kind ? 2 : 4); i += 64) __builtin_prefetch(first + i);
+    for (int64_t i = 0; i < count * (kind ? 2 : 4); i += 64) ask_for(first + i);
 }
 
 #endif

@@ -5,6 +5,8 @@
  * side in pairs of tokens, against pairs of weights rounded to bfloat16 (as in arXiv:2307.08691). Tiles begin at multiples
  * of TILE: what a row gets does not depend on the rows beside it. Where there are matrix instructions, more than a few rows go
  * through those.
+ *
+ * Decoding waits for memory more than it computes: what comes next is asked for a few lines at a time between the products.
  */
 #ifndef LEPTON_ATTENTION_512_H
 #define LEPTON_ATTENTION_512_H
@@ -16,6 +18,7 @@
 #define TILE 32     /* keys: two runs of 16, each within a block */
 #define RUN 16
 #define FEW_ROWS_512 4 /* at a time: x 2 sums of scores, x 4 of mixed values */
+#define AHEAD 2        /* tiles that are asked for before they are needed */
 
 /* Arrays of `dim` columns are dense, whatever MAX_DIM: those of small heads stay in the first cache. */
 struct tile_work {
@@ -27,6 +30,11 @@ struct tile_work {
     float scores[MAX_ROWS][TILE] __attribute__((aligned(64)));
     float total[MAX_ROWS][16] __attribute__((aligned(64)));
     float highest[MAX_ROWS];
+};
+
+/* Where the two runs of a tile begin. */
+struct tile_place {
+    const uint16_t *keys[2], *values[2]; /* [RUN][dim] */
 };
 
 /* 16 keys [16][dim], 32 channels of them -> [16 pairs][TILE], 16 of each row. */
@@ -67,11 +75,17 @@ INLINE TARGET_512 void pair_up(const uint16_t *values, int64_t dim, int64_t coun
         }
 }
 
-/* Scores of rows [r, r + rows) with a tile of keys. */
-INLINE TARGET_512 void score_tile(struct tile_work *w, int64_t r, int64_t dim, const int rows) {
+/* Scores of rows [r, r + rows) with a tile of keys. `next`, unless it is NULL, is where to ask for keys meanwhile. */
+INLINE TARGET_512 void score_tile(
+    struct tile_work *w, const struct tile_place *next, int64_t r, int64_t dim, const int rows
+) {
     __m512i sum[2 * FEW_ROWS_512];
     UNROLL for (int i = 0; i < 2 * rows; i++) sum[i] = _mm512_setzero_si512();
-    multiply_rows_of_words(w->query + r * dim / 2, 1, dim / 2, w->keys, dim / 2, rows, HALVES, NULL, sum);
+    UNROLL for (int i = 0; i < 2; i++) { /* half of the channels, while a run of keys is asked for */
+        const char *ahead = next == NULL ? NULL : (const char *)next->keys[i];
+        const int32_t *query = w->query + r * dim / 2 + i * dim / 4, *keys = w->keys + i * dim / 4 * TILE;
+        multiply_rows_of_words(query, 1, dim / 2, keys, dim / 4, rows, HALVES, ahead, sum);
+    }
     UNROLL for (int i = 0; i < 2 * rows; i++) _mm512_store_ps(w->scores[r] + i * RUN, (__m512)sum[i]);
 }
 
@@ -104,15 +118,20 @@ INLINE TARGET_512 void weigh_tile(
     _mm512_store_si512(w->weights[r], (__m512i)_mm512_cvtne2ps_pbh(weights1, weights0));
 }
 
-/* Add the weighted values to rows [r, r + rows), `vectors` of 16 channels from channel d on. */
+/* Add the weighted values to rows [r, r + rows), `vectors` of 16 channels from channel d on. `next` as above, for values. */
 INLINE TARGET_512 void mix_tile(
-    struct tile_work *w, int64_t r, int64_t d, int64_t dim, int64_t pairs, const int rows, const int vectors
+    struct tile_work *w, const struct tile_place *next, int64_t r, int64_t d, int64_t dim, int64_t pairs, const int rows,
+    const int vectors
 ) {
     __m512i sum[4 * FEW_ROWS_512]; /* of floats */
     float *mixed = w->mixed + r * dim + d;
     UNROLL for (int i = 0; i < rows; i++)
         UNROLL for (int v = 0; v < vectors; v++) sum[4 * i + v] = _mm512_load_si512(mixed + i * dim + 16 * v);
     for (int64_t p = 0; p < pairs; p++) {
+        if (next != NULL) { /* as many lines as these channels of two tokens are */
+            const char *ahead = (const char *)next->values[p / (RUN / 2)] + d * RUN * 2 + p % (RUN / 2) * vectors * 64;
+            UNROLL for (int v = 0; v < vectors; v += 2) read_ahead(ahead + v * 64);
+        }
         __m512i values[4];
         UNROLL for (int v = 0; v < vectors; v++) values[v] = _mm512_load_si512(w->values + p * dim + d + 16 * v);
         UNROLL for (int i = 0; i < rows; i++) {
@@ -159,30 +178,39 @@ INLINE TARGET_512 void put_row(const struct tile_work *w, int64_t r, int64_t dim
     }
 }
 
-/* The keys and values of a KV head in the tile at position `at`, as w->keys and w->values want them. */
-INLINE TARGET_512 void take_tile(
-    const struct paged_call *c, const int64_t *table, int64_t kv_head, int64_t at, int64_t count, struct tile_work *w
+/* The tile of a KV head at position `at`; a run behind the last key of the sequence is its last one again. */
+INLINE struct tile_place find_tile(
+    const struct paged_call *c, const int64_t *table, int64_t kv_head, int64_t at, int64_t last
 ) {
-    const int64_t dim = c->dim;
-    for (int64_t t = 0; t < TILE; t += RUN) {
-        int32_t *turned = w->keys + t;
-        if (t < count) {
-            const int64_t base = place(c, table, kv_head, at + t);
-            for (int64_t d = 0; d < dim; d += 32) turn_over((const uint16_t *)c->keys + base + d, dim, turned + d / 2 * TILE);
-            pair_up((const uint16_t *)c->values + base, dim, count - t, w->values + t / 2 * dim);
+    struct tile_place found;
+    UNROLL for (int i = 0; i < 2; i++) {
+        const int64_t run = at + i * RUN < last ? at + i * RUN : (last - 1) / RUN * RUN;
+        const int64_t base = place(c, table, kv_head, run);
+        found.keys[i] = (const uint16_t *)c->keys + base;
+        found.values[i] = (const uint16_t *)c->values + base;
+    }
+    return found;
+}
+
+/* The first `count` keys and values of a tile, as w->keys and w->values want them. */
+INLINE TARGET_512 void take_tile(const struct tile_place *from, int64_t dim, int64_t count, struct tile_work *w) {
+    for (int64_t i = 0; i < 2; i++) {
+        int32_t *keys = w->keys + i * RUN, *values = w->values + i * RUN / 2 * dim;
+        if (i * RUN < count) {
+            for (int64_t d = 0; d < dim; d += 32) turn_over(from->keys[i] + d, dim, keys + d / 2 * TILE);
+            pair_up(from->values[i], dim, count - i * RUN, values);
         } else {
-            for (int64_t p = 0; p < dim / 2; p++) _mm512_store_si512(turned + p * TILE, _mm512_setzero_si512());
-            memset(w->values + t / 2 * dim, 0, (size_t)(RUN / 2 * dim * 4));
+            for (int64_t p = 0; p < dim / 2; p++) _mm512_store_si512(keys + p * TILE, _mm512_setzero_si512());
+            memset(values, 0, (size_t)(RUN / 2 * dim * 4));
         }
     }
 }
 
-/* Ask for that tile ahead of need. */
-INLINE void fetch_tile(const struct paged_call *c, const int64_t *table, int64_t kv_head, int64_t at, int64_t last) {
-    for (int64_t t = at; t < at + TILE && t < last; t += RUN) {
-        const int64_t base = place(c, table, kv_head, t);
-        fetch(c->keys, 1, base, RUN * c->dim);
-        fetch(c->values, 1, base, RUN * c->dim);
+/* Ask for all of a tile. */
+INLINE void fetch_tile(const struct tile_place *at, int64_t dim) {
+    for (int i = 0; i < 2; i++) {
+        fetch(at->keys[i], 1, 0, RUN * dim);
+        fetch(at->values[i], 1, 0, RUN * dim);
     }
 }
 
@@ -212,12 +240,15 @@ static TARGET_TILES void attend_tiles(
     for (int64_t at = start; at < last; at += TILE)
         for (int64_t h = 0; h < kv_heads; h++) {
             const int64_t count = last - at < TILE ? last - at : TILE, from = h * rows, to = from + rows;
-            if (h + 1 < kv_heads) fetch_tile(c, table, kv_head + h + 1, at, last);
-            else fetch_tile(c, table, kv_head, at + TILE, last);
-            take_tile(c, table, kv_head + h, at, count, w);
+            const struct tile_place here = find_tile(c, table, kv_head + h, at, last);
+            const int64_t later = h + AHEAD;
+            const struct tile_place ahead =
+                find_tile(c, table, kv_head + later % kv_heads, at + later / kv_heads * TILE, last);
+            take_tile(&here, dim, count, w);
             const int64_t pairs = count > RUN ? RUN : RUN / 2;
 #if defined(HAS_TILES)
             if (by_matrices) {
+                fetch_tile(&ahead, dim);
                 score_by_matrices(w, rows, dim);
                 for (int64_t i = 0; i < rows; i++) weigh_tile(c, w, i, dim, scale, seen + i / group - at);
                 mix_by_matrices(w, rows, dim);
@@ -225,19 +256,20 @@ static TARGET_TILES void attend_tiles(
             }
 #endif
             for (int64_t r = from; r < to; r += FEW_ROWS_512) {
-#define KERNEL(n) score_tile(w, r, dim, n)
+                const struct tile_place *next = r == from ? &ahead : NULL;
+#define KERNEL(n) score_tile(w, next, r, dim, n)
                 FOR_ROWS_UP_TO_4(to - r, KERNEL)
 #undef KERNEL
                 for (int64_t i = r; i < to && i < r + FEW_ROWS_512; i++)
                     weigh_tile(c, w, i, dim, scale, seen + (i - from) / group - at);
                 int64_t d = 0;
                 for (; d + 64 <= dim; d += 64) {
-#define KERNEL(n) mix_tile(w, r, d, dim, pairs, n, 4)
+#define KERNEL(n) mix_tile(w, next, r, d, dim, pairs, n, 4)
                     FOR_ROWS_UP_TO_4(to - r, KERNEL)
 #undef KERNEL
                 }
                 for (; d < dim; d += 32) {
-#define KERNEL(n) mix_tile(w, r, d, dim, pairs, n, 2)
+#define KERNEL(n) mix_tile(w, next, r, d, dim, pairs, n, 2)
                     FOR_ROWS_UP_TO_4(to - r, KERNEL)
 #undef KERNEL
                 }

@@ -36,7 +36,7 @@ INLINE TARGET void score_few(
     struct few *w, const uint16_t *keys, const uint16_t *next, int64_t count, int64_t dim, const int rows
 ) {
     for (int64_t t = 0; t < count; t += 2) {
-        for (int64_t d = 0; d < 2 * dim; d += LINE) __builtin_prefetch(next + t * dim + d);
+        for (int64_t d = 0; d < 2 * dim; d += LINE) ask_for(next + t * dim + d);
         const uint16_t *first = keys + t * dim, *second = t + 1 < count ? first + dim : first;
         __m256 sum[2 * FEW_ROWS];
         UNROLL for (int i = 0; i < 2 * FEW_ROWS; i++) sum[i] = _mm256_setzero_ps();
@@ -90,7 +90,7 @@ INLINE TARGET void mix_few(
         for (int64_t t = 0; t < count; t++) {
             __m256 even, odd;
             widen_16(values + t * dim + d, &even, &odd);
-            if (d % LINE == 0) __builtin_prefetch(next + t * dim + d);
+            if (d % LINE == 0) ask_for(next + t * dim + d);
             UNROLL for (int r = 0; r < rows; r++) {
                 const __m256 weight = _mm256_broadcast_ss(w->weights[t] + r);
                 sum[2 * r] = _mm256_fmadd_ps(weight, even, sum[2 * r]);

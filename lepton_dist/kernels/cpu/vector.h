@@ -84,6 +84,9 @@ INLINE uint16_t float_to_bf16(float x) { /* round to nearest even; NaN stays NaN
     return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
 }
 
+/* Ask for a line of memory, 64 bytes, ahead of need, to the second cache: that measured faster than to the first. */
+INLINE void ask_for(const void *line) { __builtin_prefetch(line, 0, 2); }
+
 /* `count` values from index `at` of an array of the kind (0 float32, 1 bfloat16), as floats. */
 INLINE void widen(const void *from, int64_t kind, int64_t at, int64_t count, float *to) {
     if (kind)

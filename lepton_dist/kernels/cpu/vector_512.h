@@ -35,10 +35,10 @@ INLINE TARGET_512 __m512i add_products_bf16(__m512i sum, __m512i a, __m512i b) {
 }
 #endif
 
-/* Ask for 128 bytes of memory, as many as a step over a panel reads, to the second cache. */
+/* Ask for 128 bytes of memory, as many as a step over a panel reads. */
 INLINE void read_ahead(const char *at) {
-    __builtin_prefetch(at, 0, 2);
-    __builtin_prefetch(at + 64, 0, 2);
+    ask_for(at);
+    ask_for(at + 64);
 }
 
 #define MOST_ROWS 12 /* whose 2 sums each stay in registers, with two vectors of weights and a factor */
