@@ -13,6 +13,7 @@
 #define CHUNK_ROWS 516    /* rows of x that go over the weights together: they stay in the cache meanwhile */
 #define MANY_BLOCKS 4     /* of rows, from which on a thread may take several panels together */
 #define READ_AHEAD_ROWS 6 /* of x from which weights are asked for ahead of need: fewer wait for memory all the time */
+#define READ_AHEAD 7168   /* bytes of weights, by measurement: nearer ones come too late where memory is fast */
 
 /* x [rows, in] and y [rows, out]; a kind of 0 is float32, 1 is bfloat16. Strides are in elements. */
 struct matmul_call {
@@ -118,7 +119,7 @@ static inline PANEL_TARGET int matmul(const struct matmul_call *c, const struct 
                             const int64_t first = b * block_rows, left = rows - first;
                             /* Weights to ask for meanwhile: the next ones during the last block, those just ahead during
                                the only one, unless that is done faster than memory comes. */
-                            const char *soon = blocks > 1 ? next : here + 4096;
+                            const char *soon = blocks > 1 ? next : here + READ_AHEAD;
                             const char *ahead = b < blocks - 1 || rows < READ_AHEAD_ROWS ? nothing : soon;
                             kind->multiply(
                                 c, packed + first * kind->row_bytes, left < block_rows ? left : block_rows,
