@@ -152,7 +152,7 @@ class LeptonInference:
             maker = _maker(blueprint, tokenizer, settings.model, sampling, epoch)
             requests += [_request(maker, controller, row, epoch) for row in rows]
         outputs = _run(controller, requests)
-        return [formatter.text(outputs[request.key].completions[0], request.sampling) for request in requests]
+        return [formatter.texts(outputs[request.key])[0] for request in requests]
 
     def _open(self, settings: _Settings) -> tuple[Controller, Blueprint]:
         """The session of these settings: the one that is open, or a new one."""

@@ -163,7 +163,7 @@ def offline(shape: str, device: str, requests: int) -> Measured:
     return Measured(ours / theirs, f"{ours / theirs:.2f} times: {ours:.0f} against {theirs:.0f} tokens/s of output")
 
 
-def _no_scanner(stops: tuple[str, ...]) -> Scanner:
+def _no_scanner(stops: tuple[str, ...], _preceding: list[int]) -> Scanner:
     raise LeptonError(f"no request of this batch has stop strings, but these came: {stops}")
 
 

@@ -18,9 +18,13 @@ from lepton_dist.text.completion import Completion, RequestOutput, TokenLogprob
 
 
 class Scanner(Protocol):
-    """Looks for stop strings in the text of the tokens pushed so far; `found` is the first that is complete."""
+    """Looks for stop strings in the text of the tokens pushed so far.
+
+    `found` is the first that is complete, `cut` the length of the text before it, in characters.
+    """
 
     found: str | None
+    cut: int
 
     def push(self, token_id: int) -> bool:
         """Whether a stop string is complete with this token."""
@@ -49,7 +53,7 @@ class Engine:
         num_blocks: int,
         num_stages: int,
         eos_token_ids: tuple[int, ...],
-        make_scanner: Callable[[tuple[str, ...]], Scanner],
+        make_scanner: Callable[[tuple[str, ...], list[int]], Scanner],
         long_after: int | None = None,
         ahead: int = 0,
     ) -> None:
@@ -89,7 +93,7 @@ class Engine:
         """Queue a request; it must fit the cache."""
         stops = request.sampling.stop
         samples = range(request.sampling.n)
-        scanners = {sample: self._make_scanner(stops) for sample in samples} if stops else {}
+        scanners = {sample: self._make_scanner(stops, request.preceding) for sample in samples} if stops else {}
         self._progress[request.key] = _Progress(request, scanners)
         self._fresh.add(request.key)
         is_long = self._long_after is not None and len(request.prompt) > self._long_after
@@ -185,11 +189,13 @@ class Engine:
         request = sequence.request
         progress = self._progress[request.key]
         has_logprobs = request.sampling.logprobs is not None
+        scanner = progress.scanners.get(sequence.sample)
         progress.done[sequence.sample] = Completion(
             index=sequence.sample,
             token_ids=sequence.generated,
             finish_reason=reason,
             stop_reason=stop,
+            cut=scanner.cut if scanner is not None and isinstance(stop, str) else None,
             logprobs=sequence.logprobs if has_logprobs else None,
         )
         if sequence.sample == 0:
@@ -203,5 +209,9 @@ class Engine:
             prompt_logprobs = [None, *(known[position] for position in range(1, len(request.prompt)))]
         completions = [progress.done[index] for index in range(request.sampling.n)]
         return RequestOutput(
-            prompt_tokens=len(request.prompt), completions=completions, prompt_logprobs=prompt_logprobs
+            prompt_tokens=len(request.prompt),
+            completions=completions,
+            preceding=request.preceding,
+            prompt=None if prompt_logprobs is None else request.prompt,
+            prompt_logprobs=prompt_logprobs,
         )

@@ -13,13 +13,20 @@ from lepton_dist.text.completion import TokenLogprob
 class Request(msgspec.Struct, frozen=True):
     """One prompt. `key` is unique in the run; `sampling` has a seed, and a `max_tokens` that fits the context.
 
-    `hint` is how many tokens of output its sender expects; the balancer's length predictor looks at it.
+    `hint` is how many tokens of output its sender expects; the balancer's length predictor looks at it. The last
+    `num_preceding` tokens of the prompt decide how its text goes on.
     """
 
     key: str
     prompt: list[int]
     sampling: SamplingParams
     hint: int | None = None
+    num_preceding: int = 0
+
+    @property
+    def preceding(self) -> list[int]:
+        """The last tokens of the prompt, which decide how its text goes on."""
+        return self.prompt[len(self.prompt) - self.num_preceding :]
 
 
 @dataclass(eq=False)

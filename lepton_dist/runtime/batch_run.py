@@ -168,7 +168,7 @@ class BatchRun:
             self._tokens += sum(len(completion.token_ids) for completion in output.completions)
             self.journal.append(self.formatter.finished(row, params, output), key=key, is_error=False)
             if self.config.show:
-                self._show(row, params, output)
+                self._show(row, output)
         if time.monotonic() - self._synced_s > SYNC_EVERY_S:
             self._sync()
 
@@ -201,6 +201,6 @@ class BatchRun:
         if told:
             self.progress.note(told)
 
-    def _show(self, row: PromptRow, params: SamplingParams, output: RequestOutput) -> None:
-        for completion in output.completions:
-            print(f"--- {row.id}\n{row.prompt or ''}{self.formatter.text(completion, params)}", flush=True)
+    def _show(self, row: PromptRow, output: RequestOutput) -> None:
+        for text in self.formatter.texts(output):
+            print(f"--- {row.id}\n{row.prompt or ''}{text}", flush=True)

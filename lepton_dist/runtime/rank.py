@@ -155,10 +155,10 @@ class Rank:
         blueprint, replica, world = session.blueprint, session.replica, self.world
         tokenizers: list[Tokenizer] = []
 
-        def make_scanner(stops: tuple[str, ...]) -> Scanner:
+        def make_scanner(stops: tuple[str, ...], preceding: list[int]) -> Scanner:
             if not tokenizers:
                 tokenizers.append(Tokenizer.load(model))
-            return StopScanner(tokenizers[0], stops)
+            return StopScanner(tokenizers[0], stops, preceding)
 
         def describe_last() -> str:
             ranks = replica.stages[-1].ranks

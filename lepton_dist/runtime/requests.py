@@ -15,6 +15,7 @@ from lepton_dist.config.sampling import SamplingParams, checkpoint_defaults, req
 from lepton_dist.engine.request import Request
 from lepton_dist.errors import RequestError
 from lepton_dist.model.fields import ConfigFields
+from lepton_dist.text.detokenizer import num_preceding
 from lepton_dist.text.prompt import prompt_ids
 from lepton_dist.text.rows import BadRow, PromptRow
 from lepton_dist.text.tokenizer import Tokenizer
@@ -103,7 +104,8 @@ class RequestMaker:
             )
         seed = request_seed(self._base_seed, row.id) if params.seed is None else params.seed
         params = msgspec.structs.replace(params, seed=seed, max_tokens=min(params.max_tokens, room))
-        return Request(row.key, ids, params, row.hint)
+        preceding = 0 if self._tokenizer is None else num_preceding(self._tokenizer, ids)
+        return Request(row.key, ids, params, row.hint, preceding)
 
 
 class Ahead:

@@ -157,5 +157,5 @@ class EngineLoop:
         self._engine.apply(StepResult(batch.step, tokens, {}, []))
 
 
-def _no_scanner(stops: tuple[str, ...]) -> Scanner:
+def _no_scanner(stops: tuple[str, ...], _preceding: list[int]) -> Scanner:
     raise ValueError(f"no request of an engine loop has stop strings, but these came: {stops}")

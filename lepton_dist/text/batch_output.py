@@ -6,10 +6,11 @@ Ids are hashes of the row's key, so that a row that is run again bears the same 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 from lepton_dist.text.completion import Completion, RequestOutput
-from lepton_dist.text.logprobs import chat_logprobs, completion_logprobs, native_logprobs
+from lepton_dist.text.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
 from lepton_dist.text.rows import BadRow, PromptRow
 from lepton_dist.text.tokenizer import Tokenizer
 
@@ -29,7 +30,7 @@ def batch_response(
     """The row of a request that ran: ``response`` holds a ``chat.completion`` or ``text_completion``, error is null."""
     is_chat = row.dialect == "openai_chat"
     choices = [
-        _choice(completion, text, tokenizer, is_chat, has_token_ids)
+        _choice(completion, text, tokenizer, is_chat, has_token_ids, output.preceding)
         for completion, text in zip(output.completions, texts, strict=True)
     ]
     body: dict[str, Any] = {
@@ -42,7 +43,7 @@ def batch_response(
     }
     if output.prompt_logprobs is not None:
         # OpenAI has no shape for these: as in the native dialect.
-        body["prompt_logprobs"] = native_logprobs(output.prompt_logprobs, tokenizer)
+        body["prompt_logprobs"] = prompt_logprobs(output, tokenizer)
     return _envelope(row, {"status_code": 200, "request_id": "req_" + _digest(row.key), "body": body}, None)
 
 
@@ -62,12 +63,17 @@ def _envelope(row: PromptRow | BadRow, response: dict[str, Any], error: dict[str
 
 
 def _choice(
-    completion: Completion, text: str, tokenizer: Tokenizer | None, is_chat: bool, has_token_ids: bool
+    completion: Completion,
+    text: str,
+    tokenizer: Tokenizer | None,
+    is_chat: bool,
+    has_token_ids: bool,
+    preceding: Sequence[int],
 ) -> dict[str, Any]:
     logprobs: dict[str, Any] | None = None
     if completion.logprobs is not None:
         shape = chat_logprobs if is_chat else completion_logprobs
-        logprobs = shape(completion.logprobs, tokenizer)
+        logprobs = shape(completion.logprobs, tokenizer, preceding)
     content = {"message": {"role": "assistant", "content": text, "refusal": None}} if is_chat else {"text": text}
     choice = {
         "index": completion.index,

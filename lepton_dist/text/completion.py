@@ -22,6 +22,7 @@ class Completion(msgspec.Struct, kw_only=True):
         finish_reason: "stop" (an end token, a stop token or a stop string) or "length" (`max_tokens`, or the context).
         stop_reason: the stop string or the stop token's id, when one of the request's own ended it; None for the
             model's end token and for "length".
+        cut: where this stop string begins in the text, in characters; None where no stop string ended it.
         logprobs: for each generated token a list: the chosen token first, then the likeliest k (the chosen one is
             repeated there when it is among them); None when they were not asked for.
     """
@@ -30,6 +31,7 @@ class Completion(msgspec.Struct, kw_only=True):
     token_ids: list[int]
     finish_reason: str
     stop_reason: str | int | None = None
+    cut: int | None = None
     logprobs: list[list[TokenLogprob]] | None = None
 
     @property
@@ -44,12 +46,16 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     Attributes:
         prompt_tokens: the length of the prompt in tokens.
         completions: one for each of the n samples, by index.
+        preceding: the prompt's last tokens, which decide how the text goes on.
+        prompt: the prompt's tokens, where their log-probabilities were asked for.
         prompt_logprobs: for each prompt token a list as in `Completion.logprobs`, None for the first; None when they
             were not asked for.
     """
 
     prompt_tokens: int
     completions: list[Completion]
+    preceding: list[int] = []
+    prompt: list[int] | None = None
     prompt_logprobs: list[list[TokenLogprob] | None] | None = None
 
     def usage(self) -> dict[str, int]:

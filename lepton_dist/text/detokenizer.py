@@ -1,4 +1,8 @@
-"""Text of tokens as they come, one at a time, and the stop strings in it.
+"""Text of generated tokens: the continuation of the prompt's text, whole or one token at a time, and its stop strings.
+
+What a token adds can depend on what precedes it: SentencePiece drops the space of a text's first token, and a character
+may begin in the prompt. So the text of an output is the text of prompt and output together, from where it departs from
+the prompt's own text. The last tokens of the prompt, its *preceding* tokens, suffice to find it.
 
 A character split over tokens shows once it is whole. Where tokens stand for single bytes, a run of them is text only
 if the whole run is valid UTF-8 (so the tokenizers library has it), so its text is *tentative* until the run ends.
@@ -7,61 +11,103 @@ if the whole run is valid UTF-8 (so the tokenizers library has it), so its text 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+from lepton_dist.errors import CheckpointError
 from lepton_dist.text.pieces import Decoding, byte_level_bytes
 from lepton_dist.text.tokenizer import Tokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# A character has at most four bytes, so at most three of them can precede a token that completes it.
+_MAX_OPEN_BYTES = 3
+# What precedes a token may matter in a decoder that is not known here; none is known where more tokens would.
+_UNKNOWN_PRECEDING = 8
+
+
+def num_preceding(tokenizer: Tokenizer, prompt: Sequence[int]) -> int:
+    """How many of a prompt's last tokens decide how the text goes on: those that `finished_text` must be given."""
+    try:
+        decoding = tokenizer.decoding
+    except CheckpointError:  # matters only to those who want to follow it
+        return min(len(prompt), _UNKNOWN_PRECEDING)
+    found = 0
+    for count, token_id in enumerate(reversed(prompt), start=1):
+        token = tokenizer.decodable_token(token_id)
+        if token is None:
+            continue
+        found += 1
+        if decoding.is_byte_level:
+            is_enough = found > _MAX_OPEN_BYTES
+        else:
+            # Of a run of bytes all must be seen, and of spaces that the start of a text could lose.
+            is_enough = decoding.byte(decoding.piece(token, False)) is None and decoding.holds_start(token)
+        if is_enough:
+            return count
+    return len(prompt)
 
 
 class IncrementalDetokenizer:
-    """Follows one sample. All texts returned, joined, equal ``tokenizer.decode`` of all ids.
+    """Follows one sample. All texts returned, joined, equal `finished_text` of all ids.
 
     Args:
-        ids: tokens whose text was given out before; `push` returns only what comes after.
+        preceding: the prompt's last tokens, at least as many as `num_preceding` says; their text is not returned.
 
     Raises:
         CheckpointError: the tokenizer's decoder is of a kind that cannot be followed.
     """
 
-    def __init__(self, tokenizer: Tokenizer, ids: Iterable[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, preceding: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._stream = _stream(tokenizer.decoding)
-        for token_id in ids:
-            self.push(token_id)
+        for token_id in preceding:
+            token = tokenizer.decodable_token(token_id)
+            if token is not None:
+                self._stream.push(token)
+        # The prompt's own text shows this for what is still held back; it is no part of the output's text.
+        self._prompt_tail = self._stream.pending()
+        shown = "".join(self._stream.tentative)
+        self._skipped_tentative = len(shown) if shown == self._prompt_tail else 0
 
     def push(self, token_id: int) -> str:
         """The text that is certain after one more token, and was not before; often empty."""
         token = self._tokenizer.decodable_token(token_id)
-        return "" if token is None else self._stream.push(token)
+        return "" if token is None else self._beyond_prompt(self._stream.push(token))
 
     def flush(self) -> str:
         """The rest: what was held back. A character that was never completed comes out as U+FFFD."""
-        return self._stream.flush()
+        return self._beyond_prompt(self._stream.flush())
 
     @property
     def tentative_length(self) -> int:
         """How many whole characters are held back that later bytes could still make invalid."""
-        return len(self._stream.tentative)
+        return len(self._stream.tentative) - self._skipped_tentative
 
     def tentative_tail(self, count: int) -> str:
         """The last `count` of these characters (all of them, where there are fewer)."""
-        return "".join(self._stream.tentative[-count:])
+        tentative = self._stream.tentative
+        return "".join(tentative[max(len(tentative) - count, self._skipped_tentative) :])
+
+    def _beyond_prompt(self, text: str) -> str:
+        """The first text that becomes certain, without what the prompt has shown of it."""
+        if not text or not self._prompt_tail:
+            return text
+        shared = _shared_length(text, self._prompt_tail)
+        self._prompt_tail, self._skipped_tentative = "", 0
+        return text[shared:]
 
 
 class StopScanner:
-    """Watches one sample for stop strings, at a constant cost a token.
+    """Watches one sample for stop strings, at a constant cost a token; `preceding` as in `IncrementalDetokenizer`.
 
     Attributes:
         found: the stop string that ended the text: the earliest; of several at one place the first listed.
         cut: the length of the text before it, in characters.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], preceding: Sequence[int] = ()) -> None:
         self._stops = tuple(stops)
         self._longest = max((len(stop) for stop in stops), default=0)
-        self._detokenizer = IncrementalDetokenizer(tokenizer) if stops else None
+        self._detokenizer = IncrementalDetokenizer(tokenizer, preceding) if stops else None
         # The end of the certain text, long enough for a stop string that is one character short of complete.
         self._tail = ""
         self._settled_length = 0
@@ -91,22 +137,33 @@ class StopScanner:
 
 
 def finished_text(
-    tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[str] = (), *, is_ended_by_token: bool = False
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    preceding: Sequence[int] = (),
+    *,
+    cut: int | None = None,
+    is_ended_by_token: bool = False,
 ) -> str:
-    """The text of a finished sample, cut before the first stop string, as `StopScanner` finds it.
+    """The text of a finished sample.
 
     Args:
-        ids: the generated ids; those beyond the one that completed a stop string change nothing.
+        ids: the generated ids.
+        preceding: the prompt's last tokens, as many as `num_preceding` says.
+        cut: where a stop string begins in the text (`StopScanner.cut`); what follows is left out.
         is_ended_by_token: the last id is an end token or stop token, which is not part of the text. False where a
             stop string or a length ended it.
     """
     kept = ids[:-1] if is_ended_by_token else ids
-    if stops:
-        scanner = StopScanner(tokenizer, stops)
-        for count, token_id in enumerate(kept, start=1):
-            if scanner.push(token_id):
-                return tokenizer.decode(kept[:count])[: scanner.cut]
-    return tokenizer.decode(kept)
+    before, text = tokenizer.decode(preceding), tokenizer.decode([*preceding, *kept])
+    start = _shared_length(before, text)
+    return text[start : None if cut is None else start + cut]
+
+
+def _shared_length(first: str, second: str) -> int:
+    """How many characters two texts have in common at their start."""
+    if second.startswith(first):
+        return len(first)
+    return next((at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(second))
 
 
 def _stream(decoding: Decoding) -> _ByteStream | _PieceStream:
@@ -125,6 +182,10 @@ class _ByteStream:
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
+
+    def pending(self) -> str:
+        """What `flush` would give, and the stream goes on."""
+        return _REPLACEMENT if self._decoder.getstate()[0] else ""
 
 
 class _PieceStream:
@@ -153,14 +214,23 @@ class _PieceStream:
 
     def flush(self) -> str:
         """End the run of bytes, if there is one; its text."""
-        text = ""
+        text = self.pending()
         if self._run_bytes and not self._is_run_invalid:
-            is_incomplete = bool(self._utf8.getstate()[0])
-            text = _REPLACEMENT * self._run_bytes if is_incomplete else "".join(self.tentative)
-            self._strippable = 0 if is_incomplete else self._strippable_after_run
+            self._strippable = 0 if self._is_incomplete else self._strippable_after_run
         self._utf8.reset()
         self._run_bytes, self._is_run_invalid, self.tentative = 0, False, []
         return text
+
+    def pending(self) -> str:
+        """What `flush` would give, and the stream goes on."""
+        if not self._run_bytes or self._is_run_invalid:
+            return ""
+        return _REPLACEMENT * self._run_bytes if self._is_incomplete else "".join(self.tentative)
+
+    @property
+    def _is_incomplete(self) -> bool:
+        """Whether the run of bytes ends within a character."""
+        return bool(self._utf8.getstate()[0])
 
     def _push_byte(self, value: int) -> str:
         if self._run_bytes == 0:

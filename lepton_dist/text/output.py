@@ -6,6 +6,7 @@ An error row, in either dialect, is one whose ``error`` is not null.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -14,7 +15,7 @@ from lepton_dist.config.sampling import SamplingParams
 from lepton_dist.text.batch_output import batch_error, batch_response
 from lepton_dist.text.completion import Completion, RequestOutput
 from lepton_dist.text.detokenizer import finished_text
-from lepton_dist.text.logprobs import native_logprobs
+from lepton_dist.text.logprobs import native_logprobs, prompt_logprobs
 from lepton_dist.text.rows import BadRow, PromptRow, key_of_id, key_of_line
 from lepton_dist.text.tokenizer import Tokenizer
 
@@ -35,13 +36,13 @@ class OutputFormatter:
 
     def finished(self, row: PromptRow, params: SamplingParams, output: RequestOutput) -> bytes:
         """The row of a request that ran; `params` are those it ran with."""
-        texts = [self.text(completion, params) for completion in output.completions]
+        texts = self.texts(output)
         has_token_ids = params.return_token_ids or self._tokenizer is None
         if row.dialect != "native":
             model = row.model or self._model
             return _line(batch_response(row, output, texts, self._tokenizer, has_token_ids, model, self._created))
         choices = [
-            self._native_choice(completion, text, has_token_ids)
+            self._native_choice(completion, text, has_token_ids, output.preceding)
             for completion, text in zip(output.completions, texts, strict=True)
         ]
         result: dict[str, Any] = {"id": row.id}
@@ -54,7 +55,7 @@ class OutputFormatter:
             ]
         result["usage"] = output.usage()
         if output.prompt_logprobs is not None:
-            result["prompt_logprobs"] = native_logprobs(output.prompt_logprobs, self._tokenizer)
+            result["prompt_logprobs"] = prompt_logprobs(output, self._tokenizer)
         return _line(result)
 
     def failed(self, row: PromptRow | BadRow, kind: str, message: str) -> bytes:
@@ -70,19 +71,26 @@ class OutputFormatter:
         """The error row of a row that could not be read."""
         return self.failed(row, row.kind, row.message)
 
-    def text(self, completion: Completion, params: SamplingParams) -> str:
-        """The text of one sample: without its stop string or ending token."""
-        if self._tokenizer is None:
-            return ""
-        ids, is_ended_by_token = completion.token_ids, completion.is_ended_by_token
-        return finished_text(self._tokenizer, ids, params.stop, is_ended_by_token=is_ended_by_token)
+    def texts(self, output: RequestOutput) -> list[str]:
+        """The text of each sample, as it continues the prompt's: without its stop string or ending token."""
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            return [""] * len(output.completions)
+        return [
+            finished_text(
+                tokenizer, one.token_ids, output.preceding, cut=one.cut, is_ended_by_token=one.is_ended_by_token
+            )
+            for one in output.completions
+        ]
 
-    def _native_choice(self, completion: Completion, text: str, has_token_ids: bool) -> dict[str, Any]:
+    def _native_choice(
+        self, completion: Completion, text: str, has_token_ids: bool, preceding: Sequence[int]
+    ) -> dict[str, Any]:
         choice: dict[str, Any] = {"text": text, "finish_reason": completion.finish_reason}
         if has_token_ids:
             choice["token_ids"] = completion.token_ids
         if completion.logprobs is not None:
-            choice["logprobs"] = native_logprobs(completion.logprobs, self._tokenizer)
+            choice["logprobs"] = native_logprobs(completion.logprobs, self._tokenizer, preceding)
         return choice
 
 

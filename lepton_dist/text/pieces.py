@@ -48,17 +48,29 @@ class Decoding:
             token = token.replace(self.space_mark, "" if is_first and self.is_first_mark_dropped else " ")
         return token if is_first else self.joiner + token
 
+    def holds_start(self, token: str) -> bool:
+        """Whether what follows this token is the same whatever precedes it, in a decoding by text.
+
+        Not where the token's text could be stripped whole, so that more would be taken off what follows.
+        """
+        return not self.stripped_count or bool(self.piece(token, False).strip(self.stripped))
+
     def byte(self, token: str) -> int | None:
         """The byte that a token stands for by itself, in a decoding with byte fallback; None for a token of text."""
         match = _BYTE_TOKEN.fullmatch(token) if self.has_byte_fallback and len(token) == 6 else None
         return None if match is None else int(match.group(1), 16)
 
-    def piece_bytes(self, token: str) -> bytes:
-        """The UTF-8 bytes that a token adds in the midst of a text."""
+    def piece_bytes(self, token: str, is_first: bool = False) -> bytes:
+        """The UTF-8 bytes that a token adds in the midst of a text, or as its first token."""
         if self.is_byte_level:
             return byte_level_bytes(token)
-        value = self.byte(token)
-        return self.piece(token, False).encode("utf-8") if value is None else bytes([value])
+        piece = self.piece(token, is_first)
+        value = self.byte(piece)
+        text = piece.encode("utf-8") if value is None else bytes([value])
+        if is_first and self.stripped_count:
+            stripped = len(text) - len(text.lstrip(self.stripped.encode("utf-8")))
+            text = text[min(stripped, self.stripped_count) :]
+        return text
 
 
 def _alphabet() -> Mapping[str, int]:

@@ -105,19 +105,20 @@ class Tokenizer:
         text: str = self._backend.decode([i for i in ids if 0 <= i < _MAX_U32], skip_special_tokens=True)
         return text
 
-    def token_text(self, token_id: int) -> str:
+    def token_text(self, token_id: int, *, is_first: bool = False) -> str:
         """One token by itself, as it reads inside a text: with its leading space; a part of a character is U+FFFD.
 
-        Special tokens show their name, ids that the tokenizer lacks are empty.
+        Special tokens show their name, ids that the tokenizer lacks are empty. As the first token of a text
+        (`is_first`) it may lack its leading space.
         """
-        return self.token_bytes(token_id).decode("utf-8", "replace")
+        return self.token_bytes(token_id, is_first=is_first).decode("utf-8", "replace")
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """The UTF-8 bytes that one token adds inside a text; fewer than a character where it is split over tokens."""
+    def token_bytes(self, token_id: int, *, is_first: bool = False) -> bytes:
+        """The UTF-8 bytes that one token adds to a text; fewer than a character where it is split over tokens."""
         text = self._raw_token(token_id)
         if text is None:
             return b""
-        return text.encode("utf-8") if text in self._special_texts else self.decoding.piece_bytes(text)
+        return text.encode("utf-8") if text in self._special_texts else self.decoding.piece_bytes(text, is_first)
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None

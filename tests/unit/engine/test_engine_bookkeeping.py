@@ -23,13 +23,15 @@ END = 9
 class Scanner:
     """Stops when the tokens of the stop string, one a character, have all been seen in order at the end."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], _preceding: Sequence[int]) -> None:
         self.found: str | None = None
+        self.cut = 0
         self._stops, self._text = stops, ""
 
     def push(self, token_id: int) -> bool:
         self._text += str(token_id)
         self.found = next((stop for stop in self._stops if self._text.endswith(stop)), None)
+        self.cut = len(self._text) - len(self.found or "")
         return self.found is not None
 
 
@@ -92,6 +94,7 @@ def test_samples_come_back_together_each_with_its_own_scanner_and_noise() -> Non
     assert not made.apply(answer(batch, [5, 5, 4]))  # only the first has its stop string
     output = drive(made)["many"]
     assert [completion.token_ids for completion in output.completions] == [[5, 5], [4, 5, 5], [5, 4, 5, 5]]
+    assert [completion.cut for completion in output.completions] == [0, 1, 2]
     assert [len(completion.logprobs or []) for completion in output.completions] == [2, 3, 4]
     assert output.usage() == {"prompt_tokens": 3, "completion_tokens": 9, "total_tokens": 12}
 

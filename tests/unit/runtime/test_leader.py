@@ -63,7 +63,7 @@ def make(monkeypatch: pytest.MonkeyPatch, ahead: int = 0) -> tuple[Leader, list[
     runner = Runner(clock)
     monkeypatch.setattr(module, "time", clock)
     limits = EngineLimits(block_tokens=4, max_batch_tokens=32, max_sequences=2)
-    engine = Engine(limits, 64, 1, (END,), lambda stops: pytest.fail("no stop strings here"), ahead=ahead)
+    engine = Engine(limits, 64, 1, (END,), lambda stops, preceding: pytest.fail("no stop strings here"), ahead=ahead)
     send: Callable[[int, Message], None] = lambda rank, message: sent.append(message)  # noqa: E731
     return Leader(3, engine, runner, (), 60.0, send, lambda: "nobody"), sent, clock, runner  # type: ignore[arg-type]
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from itertools import takewhile
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lepton_dist.errors import CheckpointError
-from lepton_dist.text.detokenizer import IncrementalDetokenizer, StopScanner, finished_text
+from lepton_dist.text.detokenizer import IncrementalDetokenizer, StopScanner, finished_text, num_preceding
 from lepton_dist.text.pieces import decoding_of
 from lepton_dist.text.tokenizer import Tokenizer
 
@@ -34,22 +36,58 @@ def some_ids(data: st.DataObject, tokenizer: Tokenizer) -> list[int]:
     return [token_id for part in parts for token_id in part]
 
 
+def continuation(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of prompt and output together, from where it departs from the prompt's own."""
+    before, text = tokenizer.decode(prompt), tokenizer.decode([*prompt, *ids])
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, text, strict=False)))
+    return text[shared:]
+
+
+def last_tokens(tokenizer: Tokenizer, prompt: list[int]) -> list[int]:
+    return prompt[len(prompt) - num_preceding(tokenizer, prompt) :]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @FAST
 @given(data=st.data())
-def test_pushes_and_flush_join_to_the_decoded_text(
+def test_pushes_and_flush_join_to_the_continuation_of_the_prompt(
     kind: str, all_tokenizers: dict[str, Tokenizer], data: st.DataObject
 ) -> None:
     tokenizer = all_tokenizers[kind]
-    ids = some_ids(data, tokenizer)
-    detokenizer = IncrementalDetokenizer(tokenizer)
+    prompt, ids = some_ids(data, tokenizer), some_ids(data, tokenizer)
+    expected = continuation(tokenizer, prompt, ids)
+    preceding = last_tokens(tokenizer, prompt)
+    assert finished_text(tokenizer, ids, preceding) == expected
+    detokenizer = IncrementalDetokenizer(tokenizer, preceding)
     pieces = [detokenizer.push(token_id) for token_id in ids]
-    assert "".join(pieces) + detokenizer.flush() == tokenizer.decode(ids)
-    # What was given out is never taken back by later tokens.
-    cut = data.draw(st.integers(0, len(ids)))
-    resumed = IncrementalDetokenizer(tokenizer, ids[:cut])
-    rest = "".join(resumed.push(token_id) for token_id in ids[cut:]) + resumed.flush()
-    assert "".join(pieces[:cut]) + rest == tokenizer.decode(ids)
+    assert "".join(pieces) + detokenizer.flush() == expected
+
+
+@pytest.mark.parametrize("kind", ["sentence_piece", "metaspace"])
+def test_the_space_of_the_first_new_token_is_kept(kind: str, all_tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = all_tokenizers[kind]
+    prompt, ids = tokenizer.encode("The quick"), tokenizer.encode("and again", add_special_tokens=False)
+    preceding = last_tokens(tokenizer, prompt)
+    assert 1 <= len(preceding) < len(prompt)
+    assert finished_text(tokenizer, ids, preceding) == " and again"
+    scanner = StopScanner(tokenizer, [" and"], preceding)
+    found = next(count for count, token_id in enumerate(ids, start=1) if scanner.push(token_id))
+    assert (finished_text(tokenizer, ids[:found], preceding, cut=scanner.cut), scanner.found) == ("", " and")
+    # Behind nothing that shows, the text begins with the output, as it does in the text of both together.
+    assert finished_text(tokenizer, ids, last_tokens(tokenizer, [tokenizer.bos_token_id or 0])) == "and again"
+    assert finished_text(tokenizer, ids) == "and again"
+
+
+def test_a_character_that_begins_in_the_prompt(all_tokenizers: dict[str, Tokenizer]) -> None:
+    for kind in ("byte_level", "sentence_piece"):
+        tokenizer = all_tokenizers[kind]
+        ids = _byte_ids(tokenizer, kind, "€x".encode())
+        prompt = [*tokenizer.encode("a"), *ids[:2]]
+        preceding = last_tokens(tokenizer, prompt)
+        assert finished_text(tokenizer, ids[2:], preceding) == "€x"
+        scanner = StopScanner(tokenizer, ["€"], preceding)
+        assert next(scanner.push(token_id) for token_id in ids[2:])
+        assert scanner.cut == 0
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "sentence_piece"])
@@ -80,8 +118,8 @@ def test_scanner_stops_where_the_decoded_text_first_holds_a_stop(
     kind: str, all_tokenizers: dict[str, Tokenizer], data: st.DataObject
 ) -> None:
     tokenizer = all_tokenizers[kind]
-    ids = some_ids(data, tokenizer)
-    texts = [tokenizer.decode(ids[: count + 1]) for count in range(len(ids))]
+    prompt, ids = some_ids(data, tokenizer), some_ids(data, tokenizer)
+    texts = [continuation(tokenizer, prompt, ids[: count + 1]) for count in range(len(ids))]
     # Stops out of the text itself, or the test would hardly ever find one; none with U+FFFD, which stands for bytes
     # that may yet become a character.
     whole = (texts[-1] if texts else "") or "ab"
@@ -90,19 +128,17 @@ def test_scanner_stops_where_the_decoded_text_first_holds_a_stop(
     stops = data.draw(st.permutations([cut_out, data.draw(TEXTS) or "b"]))
     expected = next((place for place, text in enumerate(texts) if any(stop in text for stop in stops)), None)
 
-    scanner = StopScanner(tokenizer, stops)
+    preceding = last_tokens(tokenizer, prompt)
+    scanner = StopScanner(tokenizer, stops, preceding)
     found = next((place for place, token_id in enumerate(ids) if scanner.push(token_id)), None)
     assert found == expected
     if found is None:
-        assert finished_text(tokenizer, ids, stops) == tokenizer.decode(ids)
         return
     earliest = min(text for text in (texts[found].find(stop) for stop in stops) if text >= 0)
     assert scanner.cut == earliest
     assert scanner.found is not None
     assert texts[found].startswith(scanner.found, earliest)
-    # The text is the same whether or not more tokens came before the engine noticed.
-    assert finished_text(tokenizer, ids, stops) == finished_text(tokenizer, ids[: found + 1], stops)
-    assert finished_text(tokenizer, ids, stops) == texts[found][:earliest]
+    assert finished_text(tokenizer, ids[: found + 1], preceding, cut=scanner.cut) == texts[found][:earliest]
 
 
 def test_a_stop_inside_a_byte_run_is_seen_at_once(all_tokenizers: dict[str, Tokenizer]) -> None:
@@ -110,7 +146,7 @@ def test_a_stop_inside_a_byte_run_is_seen_at_once(all_tokenizers: dict[str, Toke
     ids = _byte_ids(tokenizer, "sentence_piece", "ä€".encode())
     scanner = StopScanner(tokenizer, ["€"])
     assert [scanner.push(token_id) for token_id in ids] == [False] * 4 + [True]
-    assert finished_text(tokenizer, ids, ["€"]) == "ä"
+    assert finished_text(tokenizer, ids, cut=scanner.cut) == "ä"
 
 
 def test_a_long_byte_run_is_no_neighbour_of_what_came_before_it(all_tokenizers: dict[str, Tokenizer]) -> None:
@@ -118,7 +154,7 @@ def test_a_long_byte_run_is_no_neighbour_of_what_came_before_it(all_tokenizers: 
     ids = tokenizer.encode("an", add_special_tokens=False) + _byte_ids(tokenizer, "sentence_piece", "x€z??n€z".encode())
     scanner = StopScanner(tokenizer, ["n€z"])
     assert [scanner.push(token_id) for token_id in ids][-2:] == [False, True]
-    assert finished_text(tokenizer, ids, ["n€z"]) == "anx€z??"
+    assert finished_text(tokenizer, ids, cut=scanner.cut) == "anx€z??"
 
 
 def test_the_ending_token_is_left_out_even_if_it_is_an_ordinary_one(all_tokenizers: dict[str, Tokenizer]) -> None:

@@ -61,7 +61,7 @@ def test_stop_token_is_in_the_ids_and_not_in_the_text(tokenizer: Tokenizer) -> N
     params = SamplingParams(return_token_ids=True)
     result = written(formatter.finished(row, params, RequestOutput(prompt_tokens=1, completions=[done])))
     assert (result["text"], result["token_ids"], result["finish_reason"]) == ("again", ids, "stop")
-    done = Completion(index=0, token_ids=ids, finish_reason="stop", stop_reason="ai")
+    done = Completion(index=0, token_ids=ids, finish_reason="stop", stop_reason="ai", cut=2)
     params = SamplingParams(stop=("ai",))
     result = written(formatter.finished(row, params, RequestOutput(prompt_tokens=1, completions=[done])))
     assert result["text"] == "ag"
@@ -73,7 +73,8 @@ def test_several_samples_and_logprobs(tokenizer: Tokenizer) -> None:
     first = tokenizer.encode("a")[0]
     logprobs = [[TokenLogprob(-math.inf, 9, first), TokenLogprob(-0.5, 1, 300)]]
     done = [Completion(index=index, token_ids=[first], finish_reason="length", logprobs=logprobs) for index in range(2)]
-    output = RequestOutput(prompt_tokens=2, completions=done, prompt_logprobs=[None, logprobs[0]])
+    scored = {"prompt": [first, first], "prompt_logprobs": [None, logprobs[0]]}
+    output = RequestOutput(prompt_tokens=2, completions=done, **scored)
     result = written(formatter.finished(row, SamplingParams(n=2), output))
     assert set(result) == {"id", "choices", "usage", "prompt_logprobs"}
     assert [choice["index"] for choice in result["choices"]] == [0, 1]
@@ -90,7 +91,7 @@ def test_openai_completions(tokenizer: Tokenizer) -> None:
     row = good_row({"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "x", "model": "asked"}})
     ids = tokenizer.encode("again é")
     logprobs = [[TokenLogprob(-1.0, 2, token_id), TokenLogprob(-0.5, 1, 300)] for token_id in ids]
-    done = Completion(index=0, token_ids=ids, finish_reason="stop", stop_reason="x", logprobs=logprobs)
+    done = Completion(index=0, token_ids=ids, finish_reason="length", logprobs=logprobs)
     formatter = OutputFormatter(tokenizer, model="m", created=123)
     output = RequestOutput(prompt_tokens=1, completions=[done])
     line = formatter.finished(row, SamplingParams(), output)
@@ -102,7 +103,7 @@ def test_openai_completions(tokenizer: Tokenizer) -> None:
     body = result["response"]["body"]
     assert (body["object"], body["model"], body["created"]) == ("text_completion", "asked", 123)
     choice = body["choices"][0]
-    assert (choice["text"], choice["finish_reason"]) == ("again é", "stop")
+    assert (choice["text"], choice["finish_reason"]) == ("again é", "length")
     tokens = choice["logprobs"]["tokens"]
     assert len(tokens) == len(choice["logprobs"]["text_offset"]) == len(ids)
     assert choice["logprobs"]["text_offset"][:2] == [0, len(tokens[0])]
@@ -135,6 +136,42 @@ def test_without_a_tokenizer_the_ids_are_the_answer() -> None:
         row, SamplingParams(), RequestOutput(prompt_tokens=1, completions=[done])
     )
     assert (written(line)["text"], written(line)["token_ids"]) == ("", [5, 6])
+
+
+@pytest.mark.parametrize("kind", ["sentence_piece", "metaspace", "byte_level"])
+def test_tokens_joined_are_the_text(kind: str, all_tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = all_tokenizers[kind]
+    prompt, ids = tokenizer.encode("The quick"), tokenizer.encode("and again", add_special_tokens=False)
+    one = [[TokenLogprob(-1.0, 1, token_id)] for token_id in ids]
+    scored: list[list[TokenLogprob] | None] = [[TokenLogprob(-1.0, 1, token_id)] for token_id in prompt]
+    formatter = OutputFormatter(tokenizer, model="m")
+    for preceding in (prompt[-2:], prompt[:1], []):
+        done = Completion(index=0, token_ids=ids, finish_reason="length", logprobs=one)
+        output = RequestOutput(
+            prompt_tokens=len(prompt),
+            completions=[done],
+            preceding=preceding,
+            prompt=prompt,
+            prompt_logprobs=[None, *scored[1:]],
+        )
+        native = written(formatter.finished(good_row({"id": 1, "prompt": "x"}), SamplingParams(), output))
+        assert "".join(_decoded(entry) for entry in native["logprobs"]) == native["text"] == formatter.texts(output)[0]
+        shown = tokenizer.token_text(prompt[0], is_first=True) if kind != "sentence_piece" else ""
+        assert shown + "".join(_decoded(entry) for entry in native["prompt_logprobs"][1:]) == "The quick"
+        bodies = []
+        for asked in ({"prompt": "x"}, {"messages": CHAT}):
+            url = "/v1/chat/completions" if "messages" in asked else "/v1/completions"
+            row = good_row({"custom_id": "a", "url": url, "body": asked})
+            bodies.append(written(formatter.finished(row, SamplingParams(), output))["response"]["body"])
+        completions, chat = (body["choices"][0] for body in bodies)
+        assert "".join(completions["logprobs"]["tokens"]) == completions["text"] == native["text"]
+        shown = bytes(value for entry in chat["logprobs"]["content"] for value in entry["bytes"])
+        assert shown.decode() == chat["message"]["content"] == native["text"]
+
+
+def _decoded(entry: dict[str, Any]) -> str:
+    (value,) = entry.values()
+    return str(value["decoded_token"])
 
 
 BATCH = {"custom_id": "b", "url": "/v1/completions"}
