@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -54,6 +55,8 @@ class RequestMaker:
         options: sampling fields of the command; they go before `checkpoint`'s.
         checkpoint: sampling fields of the checkpoint's generation_config.json.
         context_tokens: the most tokens of prompt and output together.
+        today: what chat templates are told that ask for the date (`Tokenizer.tells_date`): the first start of a run
+            that can be resumed. None is the hour of each request.
     """
 
     def __init__(
@@ -65,10 +68,12 @@ class RequestMaker:
         vocab: int,
         context_tokens: int,
         base_seed: int,
+        today: datetime.datetime | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._options, self._checkpoint = options, checkpoint
         self._vocab, self._context_tokens, self._base_seed = vocab, context_tokens, base_seed
+        self._today = today
 
     def prepare(self, row: PromptRow | BadRow) -> Item:
         """The row with its request, or the bad row that says why there is none.
@@ -91,7 +96,7 @@ class RequestMaker:
             CheckpointError: as `prepare`.
         """
         params = SamplingParams.merged(row.overrides, self._options, self._checkpoint)
-        ids = prompt_ids(row, self._tokenizer)
+        ids = prompt_ids(row, self._tokenizer, self._today)
         beyond = next((token for token in ids if not 0 <= token < self._vocab), None)
         if beyond is not None:
             raise RequestError(f"prompt_token_ids holds {beyond}; the model's ids go from 0 to {self._vocab - 1}")

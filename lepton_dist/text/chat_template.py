@@ -16,6 +16,9 @@ from lepton_dist.errors import CheckpointError, RequestError
 if TYPE_CHECKING:
     import jinja2
 
+DATE_FUNCTION = "strftime_now"
+"""What a template calls to be told the date."""
+
 
 class ChatTemplate:
     """One compiled template.
@@ -38,8 +41,18 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise RequestError(f"the model's chat template is not valid jinja2: {error.message}") from None
 
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        today: datetime.datetime | None = None,
+    ) -> str:
         """The text of a chat, up to where the assistant's answer begins.
+
+        Args:
+            today: the moment that the template is told when it asks for the date; None is now. A run that can be
+                resumed gives its first start, so that its prompts do not change at midnight.
 
         Raises:
             RequestError: the template refuses the messages, or fails on them.
@@ -54,6 +67,7 @@ class ChatTemplate:
                 documents=None,
                 add_generation_prompt=True,
                 **self._special_tokens,
+                **{DATE_FUNCTION: (today or datetime.datetime.now()).strftime},
             )
         except Exception as error:  # a template is a program: whatever it raises, it is this row that cannot be run
             raise RequestError(f"the model's chat template refuses these messages: {self._reason(error)}") from None
@@ -87,15 +101,11 @@ def _environment() -> jinja2.Environment:
     ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    def strftime_now(layout: str) -> str:
-        return datetime.datetime.now().strftime(layout)
-
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
     return environment
 
 

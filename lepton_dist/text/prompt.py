@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
+
 from lepton_dist.errors import CheckpointError, RequestError
 from lepton_dist.text.rows import PromptRow
 from lepton_dist.text.tokenizer import Tokenizer
 
 
-def prompt_ids(row: PromptRow, tokenizer: Tokenizer | None) -> list[int]:
-    """The token ids that the model is given for a row; at least one.
+def prompt_ids(row: PromptRow, tokenizer: Tokenizer | None, today: datetime.datetime | None = None) -> list[int]:
+    """The token ids that the model is given for a row; at least one. `today` as in `Tokenizer.render_chat`.
 
     Raises:
         RequestError: the prompt is empty, cannot be encoded, or is a chat that the model's template refuses.
@@ -22,7 +24,7 @@ def prompt_ids(row: PromptRow, tokenizer: Tokenizer | None) -> list[int]:
             "add it, or give prompt_token_ids"
         )
     if row.messages is not None:
-        ids = tokenizer.encode_chat(row.messages, row.tools)
+        ids = tokenizer.encode_chat(row.messages, row.tools, today=today)
     else:
         ids = tokenizer.encode(row.prompt or "")
     if not ids:

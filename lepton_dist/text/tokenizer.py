@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lepton_dist.config.sampling import is_encodable
 from lepton_dist.errors import CheckpointError, RequestError
-from lepton_dist.text.chat_template import ChatTemplate, find_template_sources, read_json_object
+from lepton_dist.text.chat_template import DATE_FUNCTION, ChatTemplate, find_template_sources, read_json_object
 from lepton_dist.text.pieces import Decoding, decoding_of
 
 if TYPE_CHECKING:
@@ -120,10 +121,21 @@ class Tokenizer:
             return b""
         return text.encode("utf-8") if text in self._special_texts else self.decoding.piece_bytes(text, is_first)
 
+    @property
+    def tells_date(self) -> bool:
+        """Whether a chat template asks for the date: `today` then belongs to the identity of a run."""
+        return any(DATE_FUNCTION in source for source in self._template_sources.values())
+
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        today: datetime.datetime | None = None,
     ) -> str:
         """The text of a chat up to where the assistant's answer begins; encode it without adding special tokens.
+
+        `today` is what a template is told that asks for the date; None is now.
 
         Raises:
             RequestError: the model has no chat template, or its template refuses the messages.
@@ -134,19 +146,26 @@ class Tokenizer:
         if name not in self._template_sources:
             names = ", ".join(sorted(self._template_sources))
             raise RequestError(f"the model has no default chat template, only: {names}")
+        return self._template(name).render(messages, tools, today=today)
+
+    def _template(self, name: str) -> ChatTemplate:
         if name not in self._templates:
             self._templates[name] = ChatTemplate(self._template_sources[name], self._special_tokens)
-        return self._templates[name].render(messages, tools)
+        return self._templates[name]
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        today: datetime.datetime | None = None,
     ) -> list[int]:
         """The ids of a rendered chat. The template wrote its special tokens itself, so none are added.
 
         Raises:
             RequestError: as `render_chat` and `encode`.
         """
-        return self.encode(self.render_chat(messages, tools), add_special_tokens=False)
+        return self.encode(self.render_chat(messages, tools, today=today), add_special_tokens=False)
 
     @property
     def decoding(self) -> Decoding:

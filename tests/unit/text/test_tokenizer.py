@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import tokenizers
 
 from lepton_dist.errors import CheckpointError, RequestError
+from lepton_dist.runtime.requests import RequestMaker
 from lepton_dist.text.prompt import prompt_ids
 from lepton_dist.text.rows import PromptRow
 from lepton_dist.text.tokenizer import Tokenizer
@@ -108,6 +110,19 @@ def test_chat_equals_transformers(model: Path, place: str) -> None:
             "input_ids"
         ]
         assert prompt_ids(row, ours) == ids
+
+
+def test_the_date_of_a_chat_is_the_given_one(model: Path) -> None:
+    source = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y %H:%M') }}{% endif %}{{ messages[0].content }}"
+    assert not Tokenizer.load(model).tells_date
+    tokenizer = Tokenizer.load(configured(model, chat_template=source))
+    assert tokenizer.tells_date
+    first = datetime.datetime(2024, 7, 31, 23, 59)
+    assert tokenizer.render_chat(MESSAGES[2:], today=first) == "31 Jul 2024 23:59Grüße\n世界"
+    assert tokenizer.render_chat(MESSAGES[2:]).startswith(f"{datetime.datetime.now():%d %b}")
+    row = PromptRow(key="i:1", id=1, line=1, messages=MESSAGES[2:])
+    maker = RequestMaker(tokenizer, {}, {}, vocab=999, context_tokens=99, base_seed=0, today=first)
+    assert tokenizer.decode(maker.request(row).prompt).startswith("31 Jul 2024 23:59")
 
 
 def test_chats_that_cannot_be_rendered_are_refused_without_their_text(model: Path) -> None:
