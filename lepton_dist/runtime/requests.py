@@ -96,10 +96,13 @@ class RequestMaker:
             CheckpointError: as `prepare`.
         """
         params = SamplingParams.merged(row.overrides, self._options, self._checkpoint)
-        ids = prompt_ids(row, self._tokenizer, self._today)
+        ids = prompt_ids(row, self._tokenizer, self._today, self._context_tokens)
         beyond = next((token for token in ids if not 0 <= token < self._vocab), None)
         if beyond is not None:
-            raise RequestError(f"prompt_token_ids holds {beyond}; the model's ids go from 0 to {self._vocab - 1}")
+            ids_of = (
+                "prompt_token_ids holds" if row.prompt_token_ids is not None else "the tokenizer makes of the prompt"
+            )
+            raise RequestError(f"{ids_of} {beyond}; the model's ids go from 0 to {self._vocab - 1}")
         room = self._context_tokens - len(ids)
         if room < 1:
             raise RequestError(

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lepton_dist.errors import CheckpointError, RequestError
+from lepton_dist.text.messages import messages_for_template
 
 if TYPE_CHECKING:
-    import jinja2
+    import jinja2.nodes
 
 DATE_FUNCTION = "strftime_now"
 """What a template calls to be told the date."""
@@ -36,8 +37,10 @@ class ChatTemplate:
 
         self._source = source
         self._special_tokens = dict(special_tokens)
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            self._takes_parts = _goes_through_parts(environment, source)
         except jinja2.TemplateError as error:
             raise RequestError(f"the model's chat template is not valid jinja2: {error.message}") from None
 
@@ -57,8 +60,7 @@ class ChatTemplate:
         Raises:
             RequestError: the template refuses the messages, or fails on them.
         """
-        # A round trip through JSON leaves plain data only, and keeps the template away from the caller's objects.
-        plain = json.loads(json.dumps(list(messages)))
+        plain = messages_for_template(messages, takes_parts=self._takes_parts)
         plain_tools = json.loads(json.dumps(list(tools))) if tools else None
         try:
             return self._template.render(
@@ -107,6 +109,30 @@ def _environment() -> jinja2.Environment:
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     return environment
+
+
+def _goes_through_parts(environment: jinja2.Environment, source: str) -> bool:
+    """Whether a template has a loop over a message's content, which must then be able to take its parts."""
+    from jinja2 import nodes
+
+    tree = environment.parse(source)
+    named = {
+        assign.target.name
+        for assign in tree.find_all(nodes.Assign)
+        if isinstance(assign.target, nodes.Name) and _is_content(assign.node, frozenset())
+    }
+    return any(_is_content(loop.iter, named) for loop in tree.find_all(nodes.For))
+
+
+def _is_content(node: jinja2.nodes.Node, names: Collection[str]) -> bool:
+    """Whether an expression is some object's `content`, or one of the names that stand for it."""
+    from jinja2 import nodes
+
+    if isinstance(node, nodes.Getattr):
+        return node.attr == "content"
+    if isinstance(node, nodes.Getitem):
+        return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+    return isinstance(node, nodes.Name) and node.name in names
 
 
 def find_template_sources(model_dir: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:

@@ -95,10 +95,13 @@ def _json_row(line: bytes, number: int, used: set[str]) -> PromptRow | BadRow:
     row_id: str | int | None = None
     key = key_of_line(number)
     try:
-        row_id = _row_id(fields, is_batch, number)
-        if key_of_id(row_id) in used:
+        row_id = _row_id(fields, is_batch)
+        if row_id is None:  # its key stays that of its line, which no id can be
+            row_id = number
+        elif key_of_id(row_id) in used:
             raise RequestError(f"the id of line {number} was used by an earlier row; give every row its own")
-        key = key_of_id(row_id)
+        else:
+            key = key_of_id(row_id)
         values = _batch_values(fields) if is_batch else native_request(fields)
         return PromptRow(key=key, id=row_id, line=number, dialect=dialect, **values)
     except RequestError as error:
@@ -132,11 +135,12 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"the line is not UTF-8 text: {error.reason} at byte {error.start + 1} of the line"
 
 
-def _row_id(fields: Mapping[str, Any], is_batch: bool, number: int) -> str | int:
+def _row_id(fields: Mapping[str, Any], is_batch: bool) -> str | int | None:
+    """A row's own id; None for a native row without one."""
     name = "custom_id" if is_batch else "id"
     value = fields.get(name)
     if value is None and not is_batch:
-        return number
+        return None
     if isinstance(value, str) and value and is_encodable(value):
         return value
     if isinstance(value, int) and not isinstance(value, bool) and not is_batch and abs(value) < _ID_LIMIT:
@@ -153,12 +157,13 @@ def _batch_dialect(fields: Mapping[str, Any]) -> Dialect:
 
 
 def _batch_values(fields: Mapping[str, Any]) -> dict[str, Any]:
-    unknown = sorted(set(fields) - {"custom_id", "method", "url", "body"})
+    given = {name for name, value in fields.items() if value is not None}
+    unknown = sorted(given - {"custom_id", "method", "url", "body"})
     if unknown:
         raise RequestError(
             f"unknown field {_name(unknown[0])} beside custom_id, method, url and body; request fields go into body"
         )
-    if fields.get("method", "POST") != "POST":
+    if (fields.get("method") or "POST") != "POST":
         raise RequestError("method must be POST")
     url, body = fields.get("url"), fields.get("body")
     if not isinstance(url, str) or url not in _BATCH_URLS:

@@ -45,7 +45,7 @@ class OutputFormatter:
             self._native_choice(completion, text, has_token_ids, output.preceding)
             for completion, text in zip(output.completions, texts, strict=True)
         ]
-        result: dict[str, Any] = {"id": row.id}
+        result: dict[str, Any] = _identity(row)
         if len(choices) == 1:
             result.update(choices[0])
         else:
@@ -62,10 +62,7 @@ class OutputFormatter:
         """The error row of a request that could not be run."""
         if row.dialect != "native":
             return _line(batch_error(row, kind, message))
-        error = {"type": kind, "message": message}
-        if isinstance(row, BadRow) and row.is_keyed_by_line:
-            return _line({"id": row.id, "line": row.line, "error": error})
-        return _line({"id": row.id, "error": error})
+        return _line({**_identity(row), "error": {"type": kind, "message": message}})
 
     def bad(self, row: BadRow) -> bytes:
         """The error row of a row that could not be read."""
@@ -120,6 +117,11 @@ def key_of_output(line: bytes) -> tuple[str, bool] | None:
         return key_of_line(head.line), is_error
     row_id = head.id if head.custom_id is None else head.custom_id
     return None if row_id is None else (key_of_id(row_id), is_error)
+
+
+def _identity(row: PromptRow | BadRow) -> dict[str, Any]:
+    """What tells which row is answered: its id, and its line where that is its key."""
+    return {"id": row.id, "line": row.line} if row.is_keyed_by_line else {"id": row.id}
 
 
 def _line(row: dict[str, Any]) -> bytes:

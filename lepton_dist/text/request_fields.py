@@ -1,7 +1,7 @@
 """The fields of one request, in each dialect, checked and brought into one form.
 
 Fields that ask for nothing beyond what is done anyway are accepted and ignored (`_INERT_FIELDS`); fields that ask for
-something that is not done are refused unless they hold the value that asks for nothing (`_NEUTRAL_FIELDS`).
+something that is not done are refused unless they hold a value that asks for nothing (`_NEUTRAL_FIELDS`, and any null).
 """
 
 from __future__ import annotations
@@ -11,26 +11,101 @@ from typing import Any
 
 from lepton_dist.config.sampling import SAMPLING_FIELDS, checked_fields, is_encodable, shown_value
 from lepton_dist.errors import RequestError
+from lepton_dist.text.messages import checked_messages
 
 _MAX_TOKEN_ID = _MAX_HINT = 2**31 - 1
+_COUNTS_OF_LOGPROBS = ("logprobs", "prompt_logprobs")
 _ALIASES = {"max_completion_tokens": "max_tokens"}
 
-# Who asks, and what the service should do with the request: nothing that changes the text.
+# Who asks, how the request is to be served, and what the service should do with it: nothing that changes the text.
 _INERT_FIELDS = frozenset(
-    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "parallel_tool_calls",
+        "request_id",
+        "cache_prompt",
+        "guided_decoding_backend",
+    }
 )
-# field -> values that ask for nothing; null always does.
+_EMPTY: tuple[Any, ...] = ([], {}, "")
+# field -> the values with which it asks for nothing, whatever the dialect. Names of OpenAI's, vLLM's, and of what
+# else sends or answers such requests. Any field asks for nothing where it is null.
 _NEUTRAL_FIELDS: Mapping[str, tuple[Any, ...]] = {
-    "stream": (False,),
-    "stream_options": (),
-    "echo": (False,),
-    "suffix": ("",),
+    # OpenAI
+    "audio": (),
     "best_of": (1,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "tool_choice": ("auto", "none"),
+    "echo": (False,),
+    "function_call": ("auto", "none"),
+    "functions": ([],),
+    "logit_bias": _EMPTY,
     "modalities": (["text"],),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "stream": (False,),
+    "stream_options": ({}, {"include_usage": False}, {"include_usage": True}),  # usage is given in any case
+    "suffix": ("",),
+    "tool_choice": ("auto", "none"),
+    "top_logprobs": (0,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    # vLLM: sampling
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "detokenize": (True,),
+    "early_stopping": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1.0,),
+    "logits_processors": ([],),
+    "min_tokens": (0,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True, False),  # says nothing where special tokens are skipped
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    # vLLM: structure
+    "guided_choice": _EMPTY,
+    "guided_grammar": _EMPTY,
+    "guided_json": (),
+    "guided_json_object": (False,),
+    "guided_regex": _EMPTY,
+    "guided_whitespace_pattern": (),
+    "structural_tag": (),
+    "structured_outputs": ({},),
+    # vLLM: prompts and serving
+    "add_generation_prompt": (True,),
+    "cache_salt": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "include_reasoning": (True,),
+    "kv_transfer_params": ({},),
+    "mm_processor_kwargs": ({},),
+    "priority": (0,),
+    "return_tokens_as_token_ids": (False,),
+    "vllm_xargs": ({},),
+    # others: SGLang, llama.cpp, transformers
+    "ebnf": _EMPTY,
+    "json_schema": (),
+    "lora_path": (),
+    "no_stop_trim": (False,),
+    "num_beams": (1,),
+    "regex": _EMPTY,
+    "separate_reasoning": (True,),
+    "stream_reasoning": (True, False),
+    "top_a": (0,),
+    "typical_p": (1.0,),
+    "repeat_penalty": (1.0,),
+    "mirostat": (0,),
 }
+# The tokenizer's own special tokens: prompts of text get them, rendered chats do not.
+_ADD_SPECIAL_TOKENS = "add_special_tokens"
 
 
 def native_request(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,7 +114,7 @@ def native_request(fields: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         RequestError: names the field that is wrong.
     """
-    forms = {"prompt": _text_prompt, "prompt_token_ids": _token_ids, "messages": _messages}
+    forms = {"prompt": _text_prompt, "prompt_token_ids": _token_ids, "messages": checked_messages}
     return _request(fields, forms, {"id"})
 
 
@@ -73,7 +148,7 @@ def chat_request(body: Mapping[str, Any]) -> dict[str, Any]:
     wanted, count = fields.pop("logprobs", None), fields.pop("top_logprobs", None)
     if wanted is not None and not isinstance(wanted, bool):
         raise RequestError(f"logprobs is {shown_value(wanted)}; it must be true or false, the count is top_logprobs")
-    if count is not None and not wanted:
+    if count and not wanted:
         raise RequestError("top_logprobs needs logprobs: true")
     if wanted:
         try:
@@ -81,7 +156,7 @@ def chat_request(body: Mapping[str, Any]) -> dict[str, Any]:
         except RequestError as error:
             raise RequestError(f"top_{error}") from None
         fields["logprobs"] = 0 if count is None else count
-    return _request(fields, {"messages": _messages}, set())
+    return _request(fields, {"messages": checked_messages}, set())
 
 
 def _request(
@@ -95,7 +170,9 @@ def _request(
     sampling: dict[str, Any] = {}
     for name, value in fields.items():
         target = _ALIASES.get(name, name)
-        if name in forms or name in identity or name in _INERT_FIELDS or (value is None and _is_known(name)):
+        if value is None or name in forms or name in identity or name in _INERT_FIELDS:
+            continue
+        if name in _COUNTS_OF_LOGPROBS and value is False:  # as in a chat, where logprobs says whether at all
             continue
         if target in SAMPLING_FIELDS:
             if target in sampling and sampling[target] != value:
@@ -108,7 +185,9 @@ def _request(
         elif name == "hint":
             values["hint"] = _hint(value)
         elif name in _NEUTRAL_FIELDS:
-            _check_neutral(name, value)
+            _check_neutral(name, value, _NEUTRAL_FIELDS[name])
+        elif name == _ADD_SPECIAL_TOKENS:
+            _check_neutral(name, value, ("messages" not in values,))
         else:
             raise RequestError(f"unknown field {name[:40]!r}")
     if fields.get("tool_choice") == "none":
@@ -116,14 +195,14 @@ def _request(
     return {**values, "overrides": checked_fields(sampling)}
 
 
-def _is_known(name: str) -> bool:
-    return name in SAMPLING_FIELDS or name in _ALIASES or name in _NEUTRAL_FIELDS or name in ("model", "tools", "hint")
-
-
-def _check_neutral(name: str, value: Any) -> None:
-    # 0 == False and 1 == True in Python, so the type is compared too.
-    if not any(type(value) is type(neutral) and value == neutral for neutral in _NEUTRAL_FIELDS[name]):
+def _check_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
+    if not any(_is_same(value, one) for one in neutral):
         raise RequestError(f"{name} is {shown_value(value)}; this is not supported here, leave the field out")
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    # 0 == False and 1 == True in Python; but 1 is 1.0 to who writes JSON.
+    return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
 
 
 def _text_prompt(value: Any) -> str:
@@ -146,41 +225,6 @@ def _token_ids(value: Any) -> list[int]:
                 "below the model's vocabulary size"
             )
     return value
-
-
-def _messages(value: Any) -> list[dict[str, Any]]:
-    if not isinstance(value, list):
-        raise RequestError(f"messages is {shown_value(value)}; it must be a list of messages")
-    if not value:
-        raise RequestError("messages is empty; give at least one message")
-    return [_message(message, f"messages[{place}]") for place, message in enumerate(value)]
-
-
-def _message(message: Any, place: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise RequestError(f"{place} is {shown_value(message)}; it must be an object with role and content")
-    role = message.get("role")
-    if not isinstance(role, str) or not role:
-        raise RequestError(f"{place}.role is {shown_value(role)}; it must be a string such as user")
-    content = message.get("content")
-    if content is None and not message.get("tool_calls"):
-        raise RequestError(f"{place}.content is missing; it must be a string")
-    return {**message, "content": None if content is None else _content(content, f"{place}.content")}
-
-
-def _content(content: Any, place: str) -> str:
-    """A message's text; parts of text become one, a line each, since most templates know strings only."""
-    if isinstance(content, str):
-        return _encodable(content, place)
-    if not isinstance(content, list):
-        raise RequestError(f"{place} is {shown_value(content)}; it must be a string or a list of text parts")
-    texts = []
-    for number, part in enumerate(content):
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-        if not isinstance(text, str):
-            raise RequestError(f'{place}[{number}] must be {{"type": "text", "text": "..."}}; other parts are not read')
-        texts.append(_encodable(text, f"{place}[{number}].text"))
-    return "\n".join(texts)
 
 
 def _tools(value: Any) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ class PromptRow(msgspec.Struct, kw_only=True):
     """A request to run. Exactly one of `prompt`, `prompt_token_ids` and `messages` is given.
 
     Attributes:
-        key: the row's identity in this input; see `key_of_id`.
+        key: the row's identity in this input: of its id, or of its line where it has none.
         id: as the user wrote it; the line number where there was none.
         line: from 1.
         dialect: how the answer is written.
@@ -38,6 +38,11 @@ class PromptRow(msgspec.Struct, kw_only=True):
     model: str | None = None
     hint: int | None = None
 
+    @property
+    def is_keyed_by_line(self) -> bool:
+        """Whether the row is known by its line, because it has no id."""
+        return self.key == key_of_line(self.line)
+
 
 class BadRow(msgspec.Struct, kw_only=True):
     """A row that cannot be run: its answer is an error row.
@@ -59,7 +64,7 @@ class BadRow(msgspec.Struct, kw_only=True):
 
     @property
     def is_keyed_by_line(self) -> bool:
-        """Whether the row is known by its line, because its id is unreadable or was used before."""
+        """Whether the row is known by its line, because its id is absent, unreadable or was used before."""
         return self.key == key_of_line(self.line)
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 _MAX_U32 = 2**32
+# A prompt of more characters for each token of the context is looked at in part first. Text has about 4 a token.
+_CHARACTERS_A_TOKEN = 8
 
 
 class Tokenizer:
@@ -90,14 +92,29 @@ class Tokenizer:
         """Whether rows with messages can be run."""
         return bool(self._template_sources)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
         """The ids of a text, with the special tokens that the tokenizer itself adds unless told otherwise.
 
+        Args:
+            most: ids beyond this number are of no use: a text of far more is refused by its beginning, since a
+                megabyte takes seconds.
+
         Raises:
-            RequestError: the text holds a lone surrogate.
+            RequestError: the text holds a lone surrogate, or is far too long.
         """
         if not is_encodable(text):
             raise RequestError("the text holds a lone surrogate (half of a UTF-16 pair); it must be valid Unicode")
+        length = len(text) if most is None else _CHARACTERS_A_TOKEN * most
+        while most is not None and length < len(text):
+            # Another cut can change the tokens at its very end, so that a few more prove nothing.
+            num_tokens = len(self._backend.encode(text[:length], add_special_tokens=False).ids)
+            if num_tokens > most + most // 16 + 64:
+                raise RequestError(
+                    f"the first {length} of the prompt's {len(text)} characters are {num_tokens} tokens, but the "
+                    f"context holds {most}: shorten the prompt",
+                    kind="context_length_exceeded",
+                )
+            length *= 2
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
@@ -159,13 +176,14 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         today: datetime.datetime | None = None,
+        most: int | None = None,
     ) -> list[int]:
         """The ids of a rendered chat. The template wrote its special tokens itself, so none are added.
 
         Raises:
             RequestError: as `render_chat` and `encode`.
         """
-        return self.encode(self.render_chat(messages, tools, today=today), add_special_tokens=False)
+        return self.encode(self.render_chat(messages, tools, today=today), add_special_tokens=False, most=most)
 
     @property
     def decoding(self) -> Decoding:

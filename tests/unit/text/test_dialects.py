@@ -46,8 +46,8 @@ def test_native_rows_in_their_three_forms() -> None:
         {"messages": [*CHAT, {"role": "user", "content": parts}], "max_completion_tokens": 4, "tools": [{"a": 1}]}
     )
     assert isinstance(row, PromptRow)
-    assert (row.key, row.id) == ("i:1", 1)
-    assert row.messages == [*CHAT, {"role": "user", "content": "a\nb"}]
+    assert (row.key, row.id) == ("line:1", 1)
+    assert row.messages == [*CHAT, {"role": "user", "content": parts}]
     assert row.overrides == {"max_tokens": 4}
     assert row.tools == [{"a": 1}]
 
@@ -80,6 +80,79 @@ def test_openai_batch_rows() -> None:
         assert (row.key, "url must be one of" in row.message) == (identity, True)
 
 
+NEUTRAL: list[dict[str, Any]] = [
+    {"logprobs": False, "top_logprobs": 0},
+    {"logprobs": None, "top_logprobs": None},
+    {"prompt_logprobs": False},
+    {"skip_special_tokens": True, "spaces_between_special_tokens": False},
+    {"min_tokens": 0, "length_penalty": 1, "use_beam_search": False, "include_stop_str_in_output": False},
+    {"guided_json": None, "guided_choice": [], "structured_outputs": {}, "response_format": {"type": "text"}},
+    {"functions": None, "reasoning_effort": None, "stream_options": None, "anything at all": None},
+    {"stream_options": {"include_usage": True}, "stream": False},
+    {"add_generation_prompt": True, "continue_final_message": False, "chat_template_kwargs": {}, "documents": []},
+    {"priority": 0, "logit_bias": {}, "bad_words": [], "allowed_token_ids": None, "cache_prompt": True},
+]
+
+
+@pytest.mark.parametrize("fields", NEUTRAL)
+def test_fields_that_ask_for_nothing_are_accepted(fields: dict[str, Any]) -> None:
+    rows = [
+        {"prompt": "x"} | fields,
+        {"messages": CHAT, "tools": None, "add_special_tokens": False} | fields,
+        batch({"prompt": "x", "add_special_tokens": True} | fields, metadata=None, method=None),
+        batch({"messages": CHAT, "tools": []} | fields, "/v1/chat/completions"),
+    ]
+    for row in map(one, rows):
+        assert isinstance(row, PromptRow), row
+        assert row.overrides == {}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"min_tokens": 1},
+        {"min_tokens": False},
+        {"skip_special_tokens": False},
+        {"guided_json": {"type": "object"}},
+        {"use_beam_search": True},
+        {"length_penalty": 0.5},
+        {"chat_template_kwargs": {"a": 1}},
+        {"functions": [{}]},
+        {"add_generation_prompt": False},
+        {"response_format": {"type": "json_object"}},
+        {"reasoning_effort": "high"},
+        {"truncate_prompt_tokens": 5},
+        {"add_special_tokens": True},
+    ],
+)
+def test_fields_that_ask_for_what_is_not_done_are_refused_by_name(fields: dict[str, Any]) -> None:
+    row = one(batch({"messages": CHAT} | fields, "/v1/chat/completions"))
+    assert isinstance(row, BadRow)
+    assert next(iter(fields)) in row.message and "leave the field out" in row.message
+
+
+def test_messages_as_clients_send_them() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    said = [
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+        {"role": "assistant", "content": None, "refusal": "no"},
+        {"role": "tool", "tool_call_id": "c", "content": None},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}, "yes"]},
+    ]
+    row = one({"messages": [*CHAT, *said]})
+    assert isinstance(row, PromptRow) and row.messages == [*CHAT, *said]
+    for message in (
+        {"role": "user", "content": None},
+        {"role": "assistant", "content": "x", "tool_calls": {}},
+        {"role": "assistant", "content": "x", "tool_calls": [5]},
+        {"role": "user", "content": [{"type": "text", "text": None}]},
+        {"role": "user", "content": [{"type": {}, "text": "x"}]},
+        {"role": "user", "content": 5},
+    ):
+        row = one({"messages": [message]})
+        assert isinstance(row, BadRow) and "messages[0]." in row.message, message
+
+
 SECRET = "s3cret"
 
 
@@ -104,7 +177,6 @@ SECRET = "s3cret"
         ({"id": "a", "prompt": SECRET, "temprature": 1}, "unknown field 'temprature'"),
         ({"id": "a", "prompt": SECRET, "hint": 0}, "hint is 0; it must be a whole number from 1"),
         ({"id": "a", "prompt": SECRET, "hint": True}, "hint is true; it must be a whole number from 1"),
-        ({"id": "a", "prompt": SECRET, "temprature": None}, "unknown field 'temprature'"),
         ({"id": "a", "prompt": SECRET, "temperature": -1}, "temperature is -1"),
         ({"id": "a", "prompt": SECRET, "temperature": math.nan}, "temperature is nan"),
         ({"id": "a", "prompt": SECRET, "max_tokens": "5"}, "max_tokens is a string"),
@@ -167,9 +239,10 @@ def test_used_ids_are_refused_and_types_tell_ids_apart() -> None:
     assert [row.key for row in rows] == ["i:1", "s:1", "line:3", "line:4"]
     assert isinstance(rows[2], BadRow)
     assert (rows[2].id, "used by an earlier row" in rows[2].message) == (1, True)
-    # A row without an id takes its line number, which another may have used.
-    rows = read(b'{"id":2,"prompt":"a"}\n{"prompt":"b"}\n{"prompt":"c"}\n')
-    assert [row.key for row in rows] == ["i:2", "line:2", "i:3"]
+    # A row without an id is known by its line, whatever numbers the ids beside it are.
+    rows = read(b'{"id":2,"prompt":"a"}\n{"prompt":"b"}\n{"prompt":"c"}\n{"id":3,"prompt":"d"}\n')
+    assert [(row.key, row.id) for row in rows] == [("i:2", 2), ("line:2", 2), ("line:3", 3), ("i:3", 3)]
+    assert all(isinstance(row, PromptRow) for row in rows)
     # An id in a bad row is used up too.
     rows = read(b'{"id":"a","prompt":""}\n{"id":"a","prompt":"b"}\n')
     assert [row.key for row in rows] == ["s:a", "line:2"]

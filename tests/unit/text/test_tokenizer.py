@@ -112,6 +112,83 @@ def test_chat_equals_transformers(model: Path, place: str) -> None:
         assert prompt_ids(row, ours) == ids
 
 
+CALLS = """{% for m in messages %}[{{ m.role }}{% if m.name is defined %} {{ m.name }}{% endif %}]{{ m.content }}
+{%- if 'tool_calls' in m %}{% for call in m.tool_calls %}{{ call.function.name }}
+{%- for name, value in call.function.arguments.items() %} {{ name }}={{ value | tojson }}{% endfor %}
+{%- endfor %}{% endif %}
+{%- if m.reasoning_content is defined %}<{{ m.reasoning_content }}>{% endif %}{% endfor %}"""
+
+
+def call(arguments: object) -> dict[str, Any]:
+    return {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+def test_messages_of_openai_s_clients(model: Path) -> None:
+    """Null keys, arguments as strings, parts: as transformers renders what they mean."""
+    from transformers import AutoTokenizer
+
+    user = {"role": "user", "content": "q"}
+    sdk = {
+        "role": "assistant",
+        "content": "b",
+        "refusal": None,
+        "tool_calls": None,
+        "function_call": None,
+        "name": None,
+    }
+    chats: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = [
+        ([user, sdk], [user, sdk]),
+        ([user, {**sdk, "tool_calls": []}], [user, sdk]),
+        (
+            [
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [call('{"city": "Köln", "n": [2, null]}'), call("")],
+                }
+            ],
+            [{"role": "assistant", "tool_calls": [call({"city": "Köln", "n": [2, None]}), call({})]}],
+        ),
+        (
+            [{"role": "assistant", "content": "x", "tool_calls": [call(None), call({"a": 1})]}],
+            [{"role": "assistant", "content": "x", "tool_calls": [call({}), call({"a": 1})]}],
+        ),
+        (
+            [{"role": "assistant", "content": "x", "reasoning": "r"}],
+            [{"role": "assistant", "content": "x", "reasoning": "r"}],
+        ),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}, "b"]}], [{"role": "user", "content": "a\nb"}]),
+    ]
+    configured(model, chat_template=CALLS)
+    ours, theirs = Tokenizer.load(model), AutoTokenizer.from_pretrained(model)
+    for sent, meant in chats:
+        before = json.dumps(sent)
+        assert ours.render_chat(sent) == theirs.apply_chat_template(meant, tokenize=False)
+        assert json.dumps(sent) == before
+    plain = Tokenizer.load(configured(model, chat_template="{{ messages[0].tool_calls[0].function.arguments }}"))
+    for text in ("{torn", "5", '"s"', "1" * 6000, "[" * 100_000):
+        assert plain.render_chat([{"role": "assistant", "tool_calls": [call(text)]}]) == text
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        "{% for part in m['content'] %}<{{ part.text }}>{% endfor %}",
+        "{% set c = m.content %}{% for part in c %}<{{ part.text }}>{% endfor %}",
+    ],
+)
+def test_a_template_that_goes_through_parts_gets_them(loop: str, model: Path) -> None:
+    source = (
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+        + loop
+        + "{% endif %}{% endfor %}"
+    )
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    tokenizer = Tokenizer.load(configured(model, chat_template=source))
+    chat = [{"role": "user", "content": parts}, {"role": "user", "content": "c"}]
+    assert tokenizer.render_chat(chat) == "<a><b>c"
+
+
 def test_the_date_of_a_chat_is_the_given_one(model: Path) -> None:
     source = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y %H:%M') }}{% endif %}{{ messages[0].content }}"
     assert not Tokenizer.load(model).tells_date
@@ -123,6 +200,32 @@ def test_the_date_of_a_chat_is_the_given_one(model: Path) -> None:
     row = PromptRow(key="i:1", id=1, line=1, messages=MESSAGES[2:])
     maker = RequestMaker(tokenizer, {}, {}, vocab=999, context_tokens=99, base_seed=0, today=first)
     assert tokenizer.decode(maker.request(row).prompt).startswith("31 Jul 2024 23:59")
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentence_piece", "words"])
+def test_a_text_far_beyond_the_context_is_refused_by_its_beginning(
+    kind: str, all_tokenizers: dict[str, Tokenizer]
+) -> None:
+    tokenizer = all_tokenizers[kind]
+    endless = "again and the quick " * 200_000
+    with pytest.raises(RequestError, match=r"the first \d+ of the prompt's 4000000 characters") as refused:
+        tokenizer.encode(endless, most=500)
+    assert refused.value.kind == "context_length_exceeded"
+    row = PromptRow(key="i:1", id=1, line=1, prompt=endless)
+    maker = RequestMaker(tokenizer, {}, {}, vocab=999, context_tokens=500, base_seed=0)
+    with pytest.raises(RequestError, match="the context holds 500"):
+        maker.request(row)
+    # Characters alone refuse nothing, and what is a little too long is counted whole.
+    assert len(tokenizer.encode("?" * 9000 if kind == "words" else "again and" * 1000, most=100_000)) < 100_000
+    assert len(tokenizer.encode("again and " * 190, most=300)) > 300
+
+
+def test_an_id_beyond_the_vocabulary_is_told_as_what_it_is(all_tokenizers: dict[str, Tokenizer]) -> None:
+    maker = RequestMaker(all_tokenizers["byte_level"], {}, {}, vocab=3, context_tokens=500, base_seed=0)
+    with pytest.raises(RequestError, match=r"^the tokenizer makes of the prompt \d+; .* from 0 to 2"):
+        maker.request(PromptRow(key="i:1", id=1, line=1, prompt="again"))
+    with pytest.raises(RequestError, match=r"^prompt_token_ids holds 3; "):
+        maker.request(PromptRow(key="i:1", id=1, line=1, prompt_token_ids=[3]))
 
 
 def test_chats_that_cannot_be_rendered_are_refused_without_their_text(model: Path) -> None:
