@@ -215,7 +215,13 @@ def _decode(
         for arena in (keys, values)
     )
     mask = batch.mask(window, k.shape[2])
-    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(count, heads, dim)
+    # What is not seen is of other sequences, or of nobody: times a weight of zero a NaN in it would still be one.
+    is_hidden = ~mask.transpose(2, 3)
+    k, v = k.masked_fill(is_hidden, 0), v.masked_fill(is_hidden, 0)
+    output = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if q.is_cpu:
+        output = output + (_nothing(q).sum(3, keepdim=True) + _nothing(k).sum((2, 3))[:, :, None, None])
+    return output.reshape(count, heads, dim)
 
 
 def _prefill(
@@ -243,4 +249,12 @@ def _prefill(
         output = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=is_grouped)
     else:
         output = functional.scaled_dot_product_attention(q, k, v, attn_mask=batch.mask(window), enable_gqa=is_grouped)
+    if q.is_cpu:
+        of_keys = _nothing(k).sum((2, 3)).repeat_interleave(heads // kv_heads, dim=1)
+        output = output + (_nothing(q).sum(3, keepdim=True) + of_keys[:, :, None, None])
     return output[0].transpose(0, 1)
+
+
+def _nothing(x: torch.Tensor) -> torch.Tensor:
+    """0 for each number, NaN for what is none: on CPUs torch takes scores that are all NaN for hidden ones."""
+    return x - x

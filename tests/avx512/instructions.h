@@ -103,6 +103,10 @@ E e_words e_max_epi32(e_words a, e_words b) {
     EACH(16) b[i] = a[i] > b[i] ? a[i] : b[i];
     return b;
 }
+E e_words e_max_epu32(e_words a, e_words b) {
+    EACH(16) b[i] = (uint32_t)a[i] > (uint32_t)b[i] ? a[i] : b[i];
+    return b;
+}
 E e_words e_min_epi32(e_words a, e_words b) {
     EACH(16) b[i] = a[i] < b[i] ? a[i] : b[i];
     return b;
@@ -119,6 +123,7 @@ E e_floats e_scalef_ps(e_floats a, e_floats b) {
 #define _mm512_max_ps e_max_ps
 #define _mm512_min_ps e_min_ps
 #define _mm512_max_epi32 e_max_epi32
+#define _mm512_max_epu32 e_max_epu32
 #define _mm512_min_epi32 e_min_epi32
 #define _mm512_roundscale_ps(a, places) e_round(a) /* to whole numbers is all that is asked for */
 #define _mm512_scalef_ps e_scalef_ps
@@ -185,6 +190,7 @@ E e_words e_cvtne2ps_pbh(e_floats high, e_floats low) {
     return (e_words)to;
 }
 #define _mm512_castsi512_ps(a) ((e_floats)(a))
+#define _mm512_castps_si512(a) ((e_words)(a))
 #define _mm512_cvtps_epi32 e_cvtps_epi32
 #define _mm512_cvtepi32_ps e_cvtepi32_ps
 #define _mm512_cvtepi32_epi8 e_cvtepi32_epi8
@@ -221,10 +227,12 @@ REDUCE(e_reduce_add_ps, float, e_floats, one + other)
 REDUCE(e_reduce_max_ps, float, e_floats, one > other ? one : other)
 REDUCE(e_reduce_min_ps, float, e_floats, one < other ? one : other)
 REDUCE(e_reduce_add_epi32, int32_t, e_words, one + other)
+REDUCE(e_reduce_max_epu32, uint32_t, e_words, one > other ? one : other)
 #undef REDUCE
 #define _mm512_reduce_add_ps e_reduce_add_ps
 #define _mm512_reduce_max_ps e_reduce_max_ps
 #define _mm512_reduce_min_ps e_reduce_min_ps
+#define _mm512_reduce_max_epu32 e_reduce_max_epu32
 #define _mm512_reduce_add_epi32 e_reduce_add_epi32
 
 /* From place to place. */

@@ -47,19 +47,19 @@ INLINE TARGET_512 void round_to_bytes(
     const int64_t rows = l->is_for_tiles ? up_to(count, TILE_ROWS) : count;
     float *scales = (float *)byte_scales(l, block, rows);
     int32_t *excess = (int32_t *)byte_excess(l, block, rows);
-    const __m512 no_sign = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
     for (int64_t r = 0; r < count; r++)
         for (int64_t k0 = 0; k0 < l->padded; k0 += DEPTH) {
             const int64_t at = (from + r) * c->x_stride + k0, left = c->in - k0;
             const int64_t depth = l->padded - k0 < DEPTH ? l->padded - k0 : DEPTH, number = k0 / DEPTH;
-            __m512 values[DEPTH / 16], most = _mm512_setzero_ps();
+            __m512 values[DEPTH / 16];
+            __m512i most = _mm512_setzero_si512();
             for (int64_t k = 0; k < depth; k += 16) {
                 values[k / 16] = load_16(c->x, c->x_kind, at + k, left - k);
-                most = _mm512_max_ps(_mm512_and_ps(values[k / 16], no_sign), most);
+                most = larger_magnitudes(values[k / 16], most);
             }
-            const float highest = _mm512_reduce_max_ps(most);
-            const __m512 inverse = _mm512_set1_ps(highest > 0 ? 127.0f / highest : 0);
-            scales[number * rows + r] = highest / 127.0f;
+            const struct steps steps = steps_of(_mm512_reduce_max_epu32(most), 127.0f);
+            const __m512 inverse = _mm512_set1_ps(steps.inverse);
+            scales[number * rows + r] = steps.size;
             for (int64_t k1 = 0; k1 < depth; k1 += l->share) {
                 __m512i sum = _mm512_setzero_si512();
                 for (int64_t k = k1; k < k1 + l->share && k < depth; k += 16) {
@@ -72,7 +72,9 @@ INLINE TARGET_512 void round_to_bytes(
                         ((int32_t *)block)[l->is_for_tiles ? tile_place(quad, r, rows) : quad * rows + r] = quads[q];
                     }
                 }
-                excess[(number * (DEPTH / l->share) + k1 / l->share) * rows + r] = _mm512_reduce_add_epi32(sum) * l->excess;
+                /* Without a sign: what is no number becomes the lowest whole one, whose products go round. */
+                const uint32_t product = (uint32_t)_mm512_reduce_add_epi32(sum) * (uint32_t)l->excess;
+                excess[(number * (DEPTH / l->share) + k1 / l->share) * rows + r] = (int32_t)product;
             }
         }
 }

@@ -93,12 +93,12 @@ static TARGET_512 void expand(const struct matmul_call *c, const void *panel, in
     struct expanded *expanded = to;
     const int64_t padded = up_to(c->in, c->group), groups = (padded - k < DEPTH ? padded - k : DEPTH) / c->group;
     const __m512i nibble = _mm512_set1_epi8(15), low_byte = _mm512_set1_epi16(255);
-    const __m512 no_sign = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
     const uint8_t *first = (const uint8_t *)panel + k / c->group * group_bytes(c->group);
     UNROLL for (int i = 0; i < 2; i++) {
-        __m512 largest = _mm512_set1_ps(1e-30f);
+        __m512i most = _mm512_castps_si512(_mm512_set1_ps(1e-30f));
         for (int64_t g = 0; g < groups; g++)
-            largest = _mm512_max_ps(_mm512_and_ps(load_scales(first + g * group_bytes(c->group), c->group, i), no_sign), largest);
+            most = larger_magnitudes(load_scales(first + g * group_bytes(c->group), c->group, i), most);
+        const __m512 largest = _mm512_castsi512_ps(most);
         /* A weight of 8 of the largest scale becomes 127, in 16 bits with 8 of them behind the point. */
         const __m512 steps_a_scale = _mm512_div_ps(_mm512_set1_ps(127.0f / 8 * 256), largest);
         _mm512_storeu_ps(expanded->scales + 16 * i, _mm512_mul_ps(largest, _mm512_set1_ps(8.0f / 127)));
@@ -184,14 +184,16 @@ static TARGET_512 void pack_group(const void *weights, int64_t kind, int64_t at,
     float values[128] __attribute__((aligned(64)));
     int8_t steps[128];
     __m512 most = _mm512_setzero_ps(), least = _mm512_setzero_ps();
+    __m512i magnitudes = _mm512_setzero_si512();
     for (int64_t k = 0; k < size; k += 16) {
         const __m512 next = load_16(weights, kind, at + k, left - k);
+        magnitudes = larger_magnitudes(next, magnitudes);
         most = _mm512_max_ps(next, most);
         least = _mm512_min_ps(next, least);
         _mm512_store_ps(values + k, next);
     }
     const float extreme = first_extreme(values, size, _mm512_reduce_max_ps(most), -_mm512_reduce_min_ps(least));
-    const uint16_t bits = (uint16_t)_cvtss_sh(extreme / -8.0f, _MM_FROUND_TO_NEAREST_INT);
+    const uint16_t bits = int4_scale(extreme, is_number(_mm512_reduce_max_epu32(magnitudes)));
     const float scale = _cvtsh_ss(bits);
     memcpy(group + size / 2 * PANEL + i * 2, &bits, 2);
     const __m512 inverse = _mm512_set1_ps(scale != 0 ? 1.0f / scale : 0);

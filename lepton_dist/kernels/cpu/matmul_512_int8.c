@@ -61,13 +61,11 @@ int lepton_matmul_int8_512(const struct matmul_call *c) {
 
 /* The row that begins at index `at`, zeros when that is negative, to every 32nd quad of `to`; returns its scale. */
 static TARGET_512 float pack_row(const void *weights, int64_t kind, int64_t at, int64_t in, uint8_t *to) {
-    const __m512 no_sign = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
-    __m512 most = _mm512_setzero_ps();
+    __m512i most = _mm512_setzero_si512();
     if (at >= 0)
-        for (int64_t k = 0; k < in; k += 16)
-            most = _mm512_max_ps(_mm512_and_ps(load_16(weights, kind, at + k, in - k), no_sign), most);
-    const float highest = _mm512_reduce_max_ps(most);
-    const __m512 inverse = _mm512_set1_ps(highest > 0 ? 127.0f / highest : 0);
+        for (int64_t k = 0; k < in; k += 16) most = larger_magnitudes(load_16(weights, kind, at + k, in - k), most);
+    const struct steps steps = steps_of(_mm512_reduce_max_epu32(most), 127.0f);
+    const __m512 inverse = _mm512_set1_ps(steps.inverse);
     for (int64_t k = 0; k < in; k += 16) {
         const __m512 values = load_16(weights, kind, at >= 0 ? at + k : 0, at >= 0 ? in - k : 0);
         const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(values, inverse));
@@ -75,7 +73,7 @@ static TARGET_512 float pack_row(const void *weights, int64_t kind, int64_t at, 
         _mm_storeu_si128((__m128i *)bytes, _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(128))));
         for (int64_t q = 0; q < 4 && k + 4 * q < in; q++) memcpy(to + (k / 4 + q) * 4 * PANEL, bytes + 4 * q, 4);
     }
-    return highest / 127.0f;
+    return steps.size;
 }
 
 /* To panels of `in`, rounded up to 4, times 32 bytes, and scales: round to nearest, the largest of each row to 127. */

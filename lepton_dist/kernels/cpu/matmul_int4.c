@@ -108,17 +108,17 @@ static TARGET void round_to_bytes(const struct matmul_call *c, int64_t from, int
             widen_group(
                 c->x, c->x_kind, (from + r) * c->x_stride + g * c->group, c->in - g * c->group, c->group, values
             );
-            const float highest = largest_magnitude(values, c->group), inverse = highest > 0 ? 127.0f / highest : 0;
+            const struct steps steps = steps_of(largest_magnitude(values, c->group), 127.0f);
             int32_t rounded[128];
-            round_all(values, inverse, c->group, rounded);
+            round_all(values, steps.inverse, c->group, rounded);
             for (int64_t piece = 0; piece < pieces; piece++) {
                 struct x_piece *to = (struct x_piece *)block + (g * pieces + piece) * count + r;
                 int32_t sum = 0;
                 for (int64_t k = 0; k < PIECE; k++) {
                     to->values[k] = (int8_t)rounded[piece * PIECE + k];
-                    sum += rounded[piece * PIECE + k];
+                    sum += to->values[k];
                 }
-                to->scale = highest / 127.0f;
+                to->scale = steps.size;
                 to->offset = 8 * sum;
             }
         }
@@ -148,15 +148,16 @@ INLINE TARGET void expand_pairs(__m256i bytes, __m256i steps, __m256i *to) {
 static TARGET void expand(const struct matmul_call *c, const void *panel, int64_t k, void *to) {
     struct expanded *expanded = to;
     const __m256i nibble = _mm256_set1_epi8(15);
-    const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    const __m256i no_sign = _mm256_set1_epi32(0x7fffffff);
     const int64_t groups = num_groups(c), half = half_bytes(c), last = (k + DEPTH) / c->group;
     if (k == 0)
         for (int i = 0; i < 2; i++) {
-            __m256 largest = _mm256_set1_ps(1e-30f);
+            __m256i most = _mm256_castps_si256(_mm256_set1_ps(1e-30f)); /* as bits: a NaN is the largest, see vector.h */
             for (int64_t g = 0; g < groups; g++) {
                 const __m256 scales = load_scales(c, (const uint8_t *)panel + (2 * g + i) * half);
-                largest = _mm256_max_ps(_mm256_and_ps(scales, no_sign), largest);
+                most = _mm256_max_epi32(_mm256_and_si256(_mm256_castps_si256(scales), no_sign), most);
             }
+            const __m256 largest = _mm256_castsi256_ps(most);
             _mm256_store_ps(expanded->inverse + 8 * i, _mm256_div_ps(_mm256_set1_ps(STEPS), largest));
             _mm256_store_ps(expanded->step + 8 * i, _mm256_mul_ps(largest, _mm256_set1_ps(1.0f / STEPS)));
         }
@@ -235,20 +236,22 @@ INLINE TARGET float highest_lane(__m256 x) {
     return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
 }
 
-/* The value of the largest magnitude. A NaN is passed over. */
-INLINE TARGET float extreme_of(const float *values, int64_t count) {
-    __m256 most = _mm256_setzero_ps(), least = _mm256_setzero_ps();
+/* The scale, as bits, that the value of the largest magnitude gives. */
+INLINE TARGET uint16_t scale_of(const float *values, int64_t count) {
+    __m256 most = _mm256_setzero_ps(), least = _mm256_setzero_ps(), unlike = _mm256_setzero_ps();
     for (int64_t k = 0; k < count; k += 8) {
-        most = _mm256_max_ps(_mm256_loadu_ps(values + k), most);
-        least = _mm256_min_ps(_mm256_loadu_ps(values + k), least);
+        const __m256 here = _mm256_loadu_ps(values + k);
+        most = _mm256_max_ps(here, most);
+        least = _mm256_min_ps(here, least);
+        unlike = _mm256_or_ps(unlike, _mm256_cmp_ps(here, here, _CMP_UNORD_Q));
     }
     const float above = highest_lane(most), below = highest_lane(_mm256_sub_ps(_mm256_setzero_ps(), least));
-    return first_extreme(values, count, above, below);
+    return int4_scale(first_extreme(values, count, above, below), !_mm256_movemask_ps(unlike));
 }
 
 /* One group of one output feature: the value of the largest magnitude goes to -8, so that all 16 steps are used. */
 INLINE TARGET void pack_group(const float *values, int64_t group, uint8_t *half, int64_t i) {
-    const uint16_t bits = (uint16_t)_cvtss_sh(extreme_of(values, group) / -8.0f, _MM_FROUND_TO_NEAREST_INT);
+    const uint16_t bits = scale_of(values, group);
     const float scale = _cvtsh_ss(bits);
     memcpy(half + group / PIECE * PIECE_BYTES + i * 2, &bits, 2);
     const __m256 inverse = _mm256_set1_ps(scale != 0 ? 1.0f / scale : 0);

@@ -86,9 +86,9 @@ static TARGET void pack_panel(
 ) {
     float factors[PANEL];
     for (int64_t i = 0; i < PANEL; i++) {
-        const float highest = i < rows ? highest_of_row(weights, kind, at + i * in, in) : 0;
-        factors[i] = highest > 0 ? 127.0f / highest : 0;
-        scales[i] = highest / 127.0f;
+        const struct steps steps = steps_of(i < rows ? highest_of_row(weights, kind, at + i * in, in) : 0, 127.0f);
+        factors[i] = steps.inverse;
+        scales[i] = steps.size;
     }
     int64_t k = 0;
     if (rows >= PANEL)

@@ -43,14 +43,14 @@ INLINE TARGET void score(struct rows *w, int64_t r, int64_t dim) {
 INLINE TARGET void weigh(struct rows *w, int64_t r, int64_t from, int64_t to) {
     float *weights = w->weights[r];
     w->shrink[r] = 1;
+    if (to <= 0 || from >= to || from >= KEYS) { /* by place, not by score: one that is no number is seen too */
+        memset(weights, 0, KEYS * 4);
+        return;
+    }
     if (from > 0 || to < KEYS)
         for (int64_t t = 0; t < KEYS; t++) weights[t] = t < from || t >= to ? -INFINITY : weights[t];
     float best = w->highest[r];
     for (int64_t t = 0; t < KEYS; t++) best = larger(weights[t], best);
-    if (best == -INFINITY) { /* nothing seen yet */
-        memset(weights, 0, KEYS * 4);
-        return;
-    }
     if (best > w->highest[r]) {
         w->shrink[r] = exp_of(w->highest[r] - best);
         w->highest[r] = best;

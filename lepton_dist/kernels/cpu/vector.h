@@ -106,20 +106,51 @@ INLINE void narrow(const float *from, int64_t count, void *to, int64_t kind, int
 /* One instruction; fmaxf is a call. A NaN as `a` is passed over. */
 INLINE float larger(float a, float b) { return a > b ? a : b; }
 
-INLINE TARGET float largest_magnitude(const float *values, int64_t count) {
-    const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-    __m256 most = _mm256_setzero_ps();
+/* The bits of a float without its sign. They are in the order of magnitudes, infinity comes after all numbers, and NaN
+   after infinity: unlike a maximum of floats, theirs never passes over a NaN. */
+INLINE uint32_t magnitude_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits & 0x7fffffff;
+}
+
+INLINE float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+INLINE int is_number(uint32_t magnitude) { return magnitude < 0x7f800000; }
+
+INLINE uint32_t larger_magnitude(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+INLINE TARGET uint32_t largest_magnitude(const float *values, int64_t count) {
+    const __m256i no_sign = _mm256_set1_epi32(0x7fffffff);
+    __m256i most = _mm256_setzero_si256();
     int64_t k = 0;
-    for (; k + 8 <= count; k += 8) most = _mm256_max_ps(_mm256_and_ps(_mm256_loadu_ps(values + k), no_sign), most);
-    float lanes[8], highest = 0;
-    _mm256_storeu_ps(lanes, most);
-    for (int i = 0; i < 8; i++) highest = larger(lanes[i], highest);
-    for (; k < count; k++) highest = larger(fabsf(values[k]), highest);
+    for (; k + 8 <= count; k += 8)
+        most = _mm256_max_epi32(_mm256_and_si256(_mm256_loadu_si256((const __m256i *)(values + k)), no_sign), most);
+    uint32_t lanes[8], highest = 0;
+    _mm256_storeu_si256((__m256i *)lanes, most);
+    for (int i = 0; i < 8; i++) highest = larger_magnitude(lanes[i], highest);
+    for (; k < count; k++) highest = larger_magnitude(magnitude_of(values[k]), highest);
     return highest;
 }
 
+/* Rounding to whole numbers, the largest of the values to `limit`: what they are multiplied with, and what a whole number
+   stands for. That is NaN where one of the values is NaN or infinite, and so is every sum that it scales. */
+struct steps {
+    float inverse, size;
+};
+
+INLINE struct steps steps_of(uint32_t magnitude, float limit) {
+    const float highest = float_of(magnitude);
+    if (!is_number(magnitude)) return (struct steps){0, NAN};
+    return (struct steps){highest > 0 ? limit / highest : 0, highest / limit};
+}
+
 /* The first of the values that have the largest magnitude, where `above` is the largest of them and of 0 and `below` that of
-   the same turned around; 0 where all are zero. Without a branch on its sign, which would be guessed. */
+   the same turned around; 0 where all are zero. Without a branch on its sign, which would be guessed. All are numbers. */
 INLINE float first_extreme(const float *values, int64_t count, float above, float below) {
     if (above != below) return larger(above, below) * (float)((above > below) - (below > above));
     int64_t first = 0;
@@ -134,6 +165,13 @@ INLINE TARGET void round_all(const float *values, float factor, int64_t count, i
         const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(values + k), factors);
         _mm256_storeu_si256((__m256i *)(to + k), _mm256_cvtps_epi32(scaled));
     }
+}
+
+/* The scale of a group of int4 weights as bits of a float16, where the largest of them is `extreme`; NaN where they are not
+   all numbers, or the scale is beyond float16. */
+INLINE TARGET uint16_t int4_scale(float extreme, int are_numbers) {
+    const uint16_t bits = (uint16_t)_cvtss_sh(extreme / -8.0f, _MM_FROUND_TO_NEAREST_INT);
+    return are_numbers && (bits & 0x7c00) != 0x7c00 ? bits : 0x7e00;
 }
 
 /* An 8 x 8 square of 32-bit words, turned over in place: rows become columns. */

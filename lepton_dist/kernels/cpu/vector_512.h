@@ -15,6 +15,11 @@ INLINE TARGET_512 __m512 load_16(const void *from, int64_t kind, int64_t at, int
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
+/* The larger of the magnitudes of 16 values, a lane, and of others: see `magnitude_of`. */
+INLINE TARGET_512 __m512i larger_magnitudes(__m512 values, __m512i others) {
+    return _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(values), _mm512_set1_epi32(0x7fffffff)), others);
+}
+
 /* `count` values to index `at` of an array of the kind: 32 at once, or those at the edge. */
 INLINE TARGET_512 void narrow_512(const float *from, int64_t count, void *to, int64_t kind, int64_t at) {
     if (!kind || count != 32) narrow(from, count, to, kind, at);
@@ -68,9 +73,9 @@ INLINE TARGET_512 void multiply_rows_of_words(
     UNROLL for (int i = 0; i < 2 * rows; i++) sum[i] = held[i];
 }
 
-/* e^x to 2 units in the last place (Cephes' expf); below -100 that of -100. */
+/* e^x to 2 units in the last place (Cephes' expf); below -100 that of -100. Of a NaN the maximum is the second: it stays. */
 INLINE TARGET_512 __m512 exp_512(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-100.0f));
+    x = _mm512_max_ps(_mm512_set1_ps(-100.0f), x);
     const __m512 k = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
     __m512 r = _mm512_fmadd_ps(k, _mm512_set1_ps(-0.693359375f), x);
     r = _mm512_fmadd_ps(k, _mm512_set1_ps(2.12194440e-4f), r);

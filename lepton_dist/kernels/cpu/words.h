@@ -65,12 +65,13 @@ INLINE float *word_scales(const void *block, int64_t in, int64_t count) {
 }
 
 /* The largest magnitude of the row that begins at index `at`. */
-INLINE TARGET float highest_of_row(const void *from, int64_t kind, int64_t at, int64_t in) {
-    float values[256], highest = 0;
+INLINE TARGET uint32_t highest_of_row(const void *from, int64_t kind, int64_t at, int64_t in) {
+    float values[256];
+    uint32_t highest = 0;
     for (int64_t k = 0; k < in; k += 256) {
         const int64_t length = in - k < 256 ? in - k : 256;
         widen(from, kind, at + k, length, values);
-        highest = larger(largest_magnitude(values, length), highest);
+        highest = larger_magnitude(largest_magnitude(values, length), highest);
     }
     return highest;
 }
@@ -81,14 +82,13 @@ INLINE TARGET void round_to_words(const struct matmul_call *c, int64_t from, int
     int32_t rounded[256];
     for (int64_t r = 0; r < count; r++) {
         const int64_t at = (from + r) * c->x_stride;
-        const float highest = highest_of_row(c->x, c->x_kind, at, c->in);
-        const float inverse = highest > 0 ? limit / highest : 0;
-        row_scales[r] = highest / limit;
+        const struct steps steps = steps_of(highest_of_row(c->x, c->x_kind, at, c->in), limit);
+        row_scales[r] = steps.size;
         for (int64_t k0 = 0; k0 < c->in; k0 += 256) {
             const int64_t length = c->in - k0 < 256 ? c->in - k0 : 256;
             widen(c->x, c->x_kind, at + k0, length, values);
             memset(values + length, 0, (size_t)(256 - length) * 4);
-            round_all(values, inverse, 256, rounded);
+            round_all(values, steps.inverse, 256, rounded);
             for (int64_t k = 0; k < length; k += 2) {
                 const int32_t pair = (rounded[k] & 0xffff) | (int32_t)((uint32_t)rounded[k + 1] << 16);
                 memcpy((int32_t *)block + (k0 + k) / 2 * count + r, &pair, 4);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -100,6 +101,18 @@ def test_decode_attention_is_zero_for_padding_and_splits_long_contexts() -> None
     found = fused.paged_decode(query, keys, values, tables, torch.tensor([*lengths, 0], dtype=torch.int32), None)
     assert torch.equal(found[2], torch.zeros(2, 16))
     close(found[:2], paged_attention(query[:2], keys, values, batch, None), torch.float32)
+
+
+@pytest.mark.parametrize("what", ["query", "keys", "values"])
+def test_what_is_no_number_stays_none_and_with_its_sequence(what: str) -> None:
+    """In one part of a context that is split, and in slots that no sequence sees."""
+    keys, values, batch = random_batch([(1, 300), (1, 40)], 2, 32, 16, torch.float32)
+    query = torch.randn(2, 4, 32)
+    sound = paged_attention(query, keys, values, batch, None)
+    keys[int(batch.tables[1, 2]), :, 8:] = values[int(batch.tables[1, 2]), :, 8:] = math.nan
+    {"query": query, "keys": keys, "values": values}[what][0 if what == "query" else int(batch.tables[0, 5])] = math.nan
+    found = fused.paged_decode(query, keys, values, batch.tables, torch.tensor([300, 40]), None)
+    assert found[0].isnan().all() and torch.allclose(found[1], sound[1], atol=1e-5)
 
 
 def test_a_batch_of_decodes_made_for_a_graph_is_the_same_batch() -> None:

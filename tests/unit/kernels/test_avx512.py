@@ -23,6 +23,7 @@ COMPILER = shutil.which("gcc") or shutil.which("clang")
 FLAGS = ["-O1", "-fPIC", "-fopenmp", "-Wno-psabi", "-ffp-contract=off"]
 PRODUCTS = [
     "tests/unit/kernels/test_matmul.py",
+    "tests/unit/kernels/test_not_numbers.py",
     "tests/unit/kernels/test_paged_attention.py",
     "tests/unit/model/test_native_layer.py",
 ]
