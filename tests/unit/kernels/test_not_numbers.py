@@ -81,11 +81,18 @@ def test_an_output_feature(kind: str, in_features: int, value: float, level: Vec
     check_features(lambda weight: PanelWeight.of(weight, kind, level), value, in_features)
 
 
+class Widened(DenseWeight):
+    """A float32 matrix that takes x of any dtype."""
+
+    def matmul(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return super().matmul(x.float(), dtype)
+
+
 @both
 @pytest.mark.parametrize("kind", [None, "int8", "int4", "int4-128"])
 def test_without_compiled_kernels(kind: str | None, value: float) -> None:
     def make(weight: torch.Tensor) -> Weight:
-        return DenseWeight(weight.float()) if kind is None else RoundedWeight(weight, kind)
+        return RoundedWeight(weight, kind) if kind is not None else Widened(weight.float())
 
     check_rows(make, value, 520)
     check_features(make, value, 520)
