@@ -163,7 +163,7 @@ class LeptonInference:
             return job.controller, self._blueprint
         if job.controller.is_open:
             job.controller.close()
-        plan = settings.plan or Plan.default(job.controller.world.nodes)
+        plan = (settings.plan or Plan()).laid_out(job.controller.world.nodes)
         plan = replace(
             plan,
             engine=replace(plan.engine, max_sequences=settings.max_sequences),

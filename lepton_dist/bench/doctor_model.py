@@ -39,8 +39,8 @@ def check_plan(
         if plan is not None and plan.is_auto:
             return Check("plan", "OK", f"{plan_file}: mesh: auto; `generate` plans for its input, inside the job")
         if model is None:
-            return _check_size(site, plan or Plan.default(site.nodes), document)
-        blueprint = _draw(model, plan or Plan.default(site.nodes), document, len(site.hosts))
+            return _check_size(site, (plan or Plan()).laid_out(site.nodes), document)
+        blueprint = _draw(model, (plan or Plan()).laid_out(site.nodes), document, len(site.hosts))
     except UsageError as error:
         return Check("plan", "FAIL", str(error), "correct the file, or start another number of ranks")
     return _check_memory(site, facts, blueprint, decide_dtypes(blueprint.plan.precision, dtype, blueprint.config.dtype))

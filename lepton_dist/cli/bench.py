@@ -8,7 +8,10 @@ from lepton_dist.bench.shapes import SHAPES
 from lepton_dist.bench.workload import CASES, MORE_CASES, PEERS
 from lepton_dist.cli.imports import lasting_imports
 from lepton_dist.errors import UsageError
-from lepton_dist.storage.outputs import check_writable
+from lepton_dist.storage.outputs import check_writable, refuse_overwriting
+from lepton_dist.values import checked_threads, checked_whole
+
+_MOST = 1_000_000
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +41,15 @@ def run_command(options: argparse.Namespace) -> int:
     for case in cases:
         if case not in (*CASES, *MORE_CASES):
             raise UsageError(f"--cases: {case!r} is unknown; known: {', '.join((*CASES, *MORE_CASES))}")
-    if options.repeats < 1 or options.output_tokens < 1:
-        raise UsageError("--repeats and --output-tokens must be at least 1")
+    try:
+        checked_whole("--repeats", options.repeats, 1, _MOST)
+        checked_whole("--output-tokens", options.output_tokens, 1, _MOST)
+        checked_threads(options.threads)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    refuse_overwriting(
+        {"--json": options.json, "--plot": options.plot}, {"--model": options.model, "--plan": options.plan}
+    )
     with lasting_imports():
         from lepton_dist.bench.comparison import BenchOptions, run_bench
         from lepton_dist.bench.plot import check_plotting

@@ -9,6 +9,7 @@ from lepton_dist.errors import ConfigError, UsageError
 from lepton_dist.plan.document import plan_to_yaml
 from lepton_dist.plan.plan import Plan
 from lepton_dist.plan.precision import decide_dtypes
+from lepton_dist.values import FLOATS, MOST_RANKS, checked_whole
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +17,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", required=True, help="a Hugging Face checkpoint directory")
     parser.add_argument("--plan", metavar="FILE", help="a sharding plan (YAML)")
     parser.add_argument("--ranks", type=int, metavar="N", help="size of the job; default: what the plan needs, or 1")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="over the plan's precision")
+    parser.add_argument("--dtype", choices=FLOATS, help="over the plan's precision")
     parser.add_argument("--link", metavar="US,MBIT", help="price the traffic on a link of this latency and rate")
     parser.add_argument(
         "--ranks-per-node", type=int, default=1, metavar="N", help="for --link: ranks that share one (1)"
@@ -29,9 +30,12 @@ def run_command(options: argparse.Namespace) -> int:
     Raises:
         UsageError: the model or the plan is wrong.
     """
-    for name, value in (("--ranks", options.ranks), ("--ranks-per-node", options.ranks_per_node)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} must be at least 1, not {value}")
+    try:
+        for name, value in (("--ranks", options.ranks), ("--ranks-per-node", options.ranks_per_node)):
+            if value is not None:
+                checked_whole(name, value, 1, MOST_RANKS)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     with lasting_imports():
         from lepton_dist.bench.inspect import seat_table, world_size_of
         from lepton_dist.bench.links import LinkReport, NetworkLink
@@ -39,8 +43,9 @@ def run_command(options: argparse.Namespace) -> int:
         from lepton_dist.runtime.opening import load_plan_document
     link = NetworkLink.parse(options.link) if options.link else None
     plan, document = load_plan_document(options.plan)
-    ranks = options.ranks or (world_size_of(plan) if plan else 1)
-    plan = plan or Plan.default([0] * ranks)
+    plan = plan or Plan()
+    ranks = options.ranks or world_size_of(plan)
+    plan = plan.laid_out([0] * ranks)
     try:
         blueprint = Blueprint.draw(options.model, plan, ranks)
     except ConfigError as error:

@@ -11,12 +11,14 @@ from typing import Any
 from lepton_dist.config.sampling import SAMPLING_FIELDS, checked_fields
 from lepton_dist.documents import Document, read_yaml
 from lepton_dist.errors import ConfigError, RequestError, UsageError
+from lepton_dist.values import FLOATS, checked_dtype, checked_seconds, checked_threads
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """One batch run. `plan` and `decision_log` are paths; `sampling` holds the fields that the user gave; times are
-    seconds. `decision_log` has no option: it is for those who look into the balancer.
+    """One batch run. `plan`, `decision_log` and `run_file` are paths; `sampling` holds the fields that the user gave;
+    times are seconds. `decision_log` has no option: it is for those who look into the balancer. `run_file` is where the
+    settings were read.
     """
 
     model: str
@@ -31,6 +33,7 @@ class GenerateConfig:
     retry_errors: bool = False
     show: bool = False
     decision_log: str | None = None
+    run_file: str | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -70,33 +73,54 @@ def load_generate_config(run_file: str | None, options: Mapping[str, Any]) -> Ge
     for name in ("model", "input", "output"):
         if name not in values:
             raise UsageError(f"--{name} is missing: give it as an option or in the file of --config")
-    if not values.get("grace_s", 0) >= 0:  # not a number is neither
-        raise UsageError(f"grace_s (--grace) must be 0 seconds or more, not {values['grace_s']:g}")
     try:
-        return GenerateConfig(**values, sampling=checked_fields(sampling))
-    except RequestError as error:
+        checked = {name: _checked(name, value) for name, value in values.items()}
+        return GenerateConfig(**checked, run_file=run_file, sampling=checked_fields(sampling))
+    except (RequestError, ValueError) as error:
         raise UsageError(f"option {error}") from None
+
+
+def _checked(name: str, value: Any) -> Any:
+    """A setting's value, in its own type.
+
+    Raises:
+        ValueError: it is of another type or out of range.
+        RequestError: the same, of the seed.
+    """
+    if name == "dtype":
+        return checked_dtype(value)
+    if name == "threads":
+        return checked_threads(value)
+    if name == "seed":
+        return checked_fields({name: value})[name]
+    if name == "grace_s":
+        return checked_seconds("grace_s (--grace)", value, is_zero_allowed=True)
+    if _TYPES[name] is bool and not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be true or false")
+    if _TYPES[name] is str and (not isinstance(value, str) or not value or "\0" in value):
+        raise ValueError(f"{name} is {value!r}; it must be a path")
+    return value
 
 
 def _read(document: Document, base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not isinstance(document.values, dict):
         raise document.error("", "must be a mapping of settings")
     known = [item.name for item in fields(GenerateConfig)]
-    values = dict(document.values)
+    values = {name: value for name, value in document.values.items() if value is not None}  # null: not given
     sampling = values.pop("sampling", {})
     if not isinstance(sampling, dict):
         raise document.error("sampling", "must be a mapping of sampling fields")
     for name, value in values.items():
         if name not in _TYPES:
             raise document.error(name, f"is no setting of generate; known: {', '.join(known)}")
-        wanted = _TYPES[name]
-        is_number = wanted in (int, float) and isinstance(value, int | float) and not isinstance(value, bool)
-        if not (isinstance(value, wanted) or (wanted is float and is_number)) or (
-            wanted is int and isinstance(value, bool)
-        ):
-            raise document.error(name, f"must be of type {wanted.__name__}, not {value!r}")
+        try:
+            values[name] = _checked(name, value)
+        except (RequestError, ValueError) as error:
+            raise document.error(name, str(error)) from None
         if name in _PATHS:
             values[name] = str(base / value)
+    if sampling.get("seed") is not None:
+        raise document.error("sampling.seed", "would give every row the same seed: write `seed:` beside `sampling:`")
     try:
         checked_fields(sampling)
     except RequestError as error:
@@ -119,11 +143,11 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=FLOATS,
         help="weights, KV cache and wire; default: the checkpoint's",
     )
     run.add_argument(
-        "--threads", type=_positive, metavar="N", help="threads a rank; default: SLURM's, OpenMP's, or a fair share"
+        "--threads", type=int, metavar="N", help="threads a rank; default: SLURM's, OpenMP's, or a fair share"
     )
     run.add_argument(
         "--grace", dest="grace_s", type=float, metavar="S", help="seconds to finish in after a signal (20)"
@@ -151,10 +175,3 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--stop-token-ids", type=int, nargs="+", metavar="ID")
     sampling.add_argument("--ignore-eos", action="store_true", default=None)
     sampling.add_argument("--return-token-ids", action="store_true", default=None)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value

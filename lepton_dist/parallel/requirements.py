@@ -13,9 +13,10 @@ from lepton_dist.model.family import Family
 from lepton_dist.model.parameters import Parameter, ParameterTable, Part, is_factor, local_spans, matrix_kind
 from lepton_dist.plan.axes import Axis, Span, span_size
 from lepton_dist.plan.placement import Seat
-from lepton_dist.plan.precision import FLOAT_BYTES, QUANTIZED, Dtypes
+from lepton_dist.plan.precision import QUANTIZED, Dtypes
 from lepton_dist.storage.distribution import Rectangle
 from lepton_dist.storage.index import CheckpointIndex
+from lepton_dist.values import FLOAT_BYTES
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,13 @@ from lepton_dist.plan.plan import (
     Stage,
 )
 from lepton_dist.plan.precision import QUANTIZED
+from lepton_dist.values import FLOATS, checked_seconds
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = FLOATS
 WIRES = (*DTYPES, "int8")
 _KEYS = ("mesh", "replicas", "device", "ranks_per_gpu", "precision", "engine", "estimate", "cluster")
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B)?\s*")
+_MOST = 2**31 - 1  # of anything that is counted
 _UNIT = {
     "B": 1,
     "KB": 10**3,
@@ -61,8 +63,6 @@ def plan_from_document(document: Document) -> Plan:
     _known(document, values, "", _KEYS)
     if "mesh" in values and "replicas" in values:
         raise document.error("replicas", "give either `mesh` or `replicas`, not both")
-    if "mesh" not in values and "replicas" not in values:
-        raise document.error("", "needs `mesh: {dp, pp, tp}`, `mesh: auto` or `replicas: [...]`")
     is_auto = values.get("mesh") == "auto"
     return Plan(
         mesh=_mesh(document, values["mesh"]) if "mesh" in values and not is_auto else None,
@@ -84,7 +84,7 @@ def plan_to_yaml(plan: Plan) -> str:
         values["mesh"] = "auto"
     elif plan.mesh is not None:
         values["mesh"] = {"dp": plan.mesh.dp, "pp": plan.mesh.pp, "tp": plan.mesh.tp}
-    else:
+    elif plan.replicas:
         values["replicas"] = [
             {"stages": [_stage_values(stage) for stage in replica.stages]} for replica in plan.replicas
         ]
@@ -148,6 +148,8 @@ def _known(document: Document, values: dict[str, Any], key: str, allowed: tuple[
 def _integer(document: Document, value: Any, key: str, *, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise document.error(key, f"must be a whole number of at least {least}, not {value!r}")
+    if value > _MOST:
+        raise document.error(key, f"must be at most {_MOST}")
     return value
 
 
@@ -227,8 +229,10 @@ def _engine(document: Document, value: Any) -> EngineLimits:
             if setting not in BALANCER_POLICIES:
                 raise document.error(key, f"{setting!r} is unknown; known: {', '.join(BALANCER_POLICIES)}")
         elif name.endswith("_timeout_s"):
-            if isinstance(setting, bool) or not isinstance(setting, int | float) or setting <= 0:
-                raise document.error(key, f"must be a number of seconds above 0, not {setting!r}")
+            try:
+                checked_seconds(name, setting, is_zero_allowed=False)
+            except ValueError as error:
+                raise document.error(key, str(error)) from None
         elif setting == "auto" and name in ("max_batch_tokens", "kv_cache_bytes", "context_tokens"):
             continue
         elif name == "kv_cache_bytes":

@@ -123,7 +123,8 @@ class EngineLimits:
 class Plan:
     """Who holds what, in which precision, with which limits.
 
-    With `is_auto` the planner has yet to say who holds what. `cluster` is the path of a file of `lepton-dist profile`.
+    A plan without `mesh` and `replicas` only sets limits and precision. With `is_auto` the planner has yet to say who
+    holds what. `cluster` is the path of a file of `lepton-dist profile`.
     `device` is that of the stages which name none; at most `ranks_per_gpu` ranks compute on one GPU.
     """
 
@@ -149,6 +150,15 @@ class Plan:
         for rank, node in enumerate(nodes):
             by_node.setdefault(node, []).append(rank)
         return Plan(replicas=(Replica(tuple(Stage(tuple(ranks)) for ranks in by_node.values())),))
+
+    @property
+    def has_layout(self) -> bool:
+        """Whether it says who holds what, or leaves that to the planner; else `laid_out` does."""
+        return self.is_auto or self.mesh is not None or bool(self.replicas)
+
+    def laid_out(self, nodes: Sequence[int]) -> Plan:
+        """This plan, with the layout of `default` where it has none of its own."""
+        return self if self.has_layout else replace(self, replicas=Plan.default(nodes).replicas)
 
     @property
     def ranks(self) -> frozenset[int]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lepton_dist.errors import UsageError
 from lepton_dist.plan.plan import Precision
-
-FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of a number, by the dtypes that a model may be in."""
+from lepton_dist.values import checked_dtype
 
 INT4_GROUPS = {"int4": 32, "int4-64": 64, "int4-128": 128}
 """Neighbouring inputs that share a scale, by kind of 4-bit weights."""
@@ -36,7 +35,15 @@ def decide_dtypes(precision: Precision, override: str | None, checkpoint: str, *
 
     CPUs have no fast float16 matmul in torch, so float16 is held and computed in float32, unless `has_float16`: every
     stage of the plan is on GPUs.
+
+    Raises:
+        UsageError: `override` is no float dtype: a kind of rounded weights would set KV cache and wire too.
     """
+    if override is not None:
+        try:
+            checked_dtype(override)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
     weights = override or precision.weights or checkpoint
     compute = checkpoint if weights in QUANTIZED else weights
     kv_cache = override or precision.kv_cache or compute

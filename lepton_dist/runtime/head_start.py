@@ -80,11 +80,11 @@ def loading_ahead(model: str, plan_path: str | None, dtype: str | None) -> Itera
 
 def _matrices(model: str, plan_path: str | None, dtype: str | None, launcher: Launcher) -> tuple[PackedMatrix, ...]:
     """What this rank packs; nothing where only the ranks together can tell, or where GPUs or replicas take part."""
-    plan = load_plan(plan_path) if plan_path is not None else Plan.default([0] * launcher.size)
-    is_open = plan_path is None and launcher.size != max(launcher.local_size, 1)  # which ranks share a node
+    plan = load_plan(plan_path) if plan_path is not None else Plan()
+    is_open = not plan.has_layout and launcher.size != max(launcher.local_size, 1)  # which ranks share a node
     if launcher.size == 0 or plan.is_auto or is_open:
         return ()
-    blueprint = Blueprint.draw(model, plan, launcher.size)
+    blueprint = Blueprint.draw(model, plan.laid_out([0] * launcher.size), launcher.size)
     seat = blueprint.seats.get(launcher.rank)
     if seat is None or blueprint.plan.wants_gpus or has_replicas(blueprint.seats):
         return ()

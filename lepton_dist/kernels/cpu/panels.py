@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from lepton_dist.kernels.cpu.native import VectorLevel, native_library, vector_level
 from lepton_dist.kernels.cpu.pages import Pages
-from lepton_dist.plan.precision import FLOAT_BYTES, INT4_GROUPS, QUANTIZED
+from lepton_dist.plan.precision import INT4_GROUPS, QUANTIZED
+from lepton_dist.values import FLOAT_BYTES
 
 _PANEL = {VectorLevel.NONE: 16, VectorLevel.AVX2: 16, VectorLevel.AVX512: 32}
 """Output features of a panel, as in matmul.h and matmul_512.h."""

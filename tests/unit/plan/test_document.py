@@ -106,7 +106,6 @@ precision: {weights: bfloat16}
 MISTAKES: dict[str, tuple[str, int, str, list[str]]] = {
     "not YAML": ("mesh: {dp: 1\nengine: {}", 2, "", ["not valid YAML"]),
     "not a mapping": ("- mesh", 1, "", ["mapping", "list"]),
-    "nothing": ("engine: {max_sequences: 2}", 1, "", ["mesh", "replicas"]),
     "both forms": ("mesh: {tp: 1}\nreplicas: [{stages: [{ranks: [0]}]}]", 2, "replicas", ["not both"]),
     "cluster": ("mesh: {tp: 2}\ncluster: 7", 2, "cluster", ["path of a cluster file", "7"]),
     "unknown key": ("mesh: {tp: 1}\nmash: {}", 2, "mash", ["mesh", "replicas", "engine"]),
