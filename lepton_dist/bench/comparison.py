@@ -21,8 +21,9 @@ from lepton_dist.bench.workload import DECODES
 from lepton_dist.coordinator.cluster import Cluster
 from lepton_dist.plan.plan import Plan
 from lepton_dist.runtime.controller import Controller
-from lepton_dist.runtime.opening import ModelRequest, load_plan_document, notice
+from lepton_dist.runtime.opening import ModelRequest, load_plan_document
 from lepton_dist.storage.outputs import write_output
+from lepton_dist.telemetry.voice import notice
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def run_bench(controller: Controller, options: BenchOptions) -> int:
     plan, _ = load_plan_document(options.plan)
     settings = [parse_setting(name, controller.world.size) for name in options.compare.split(",")]
     model = options.model or str(shaped_model(options.shape, Path(options.folder)))
-    given = plan or Plan.default(controller.world.nodes)
+    given = (plan or Plan()).laid_out(controller.world.nodes)
     plans = {setting.name: setting.over(given) for setting in settings}  # all are right before one is measured
     cluster = measure_limits(controller, options.threads)
     _show(limits_table(cluster))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -13,9 +12,11 @@ from io import StringIO
 
 from lepton_dist.cli.imports import lasting_imports
 from lepton_dist.comm.launcher import read_launcher
-from lepton_dist.errors import EXIT_DONE, LeptonError
+from lepton_dist.errors import EXIT_DONE, EXIT_USAGE, LeptonError, UsageError
 from lepton_dist.runtime.guardian import Guardian, start_guardian
 from lepton_dist.runtime.interrupts import leave_on_interrupts
+from lepton_dist.telemetry.streams import drop_stdout, secure_standard_streams
+from lepton_dist.telemetry.voice import report
 
 COMMANDS = {
     "generate": "complete a file of prompts; resumable",
@@ -30,6 +31,7 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code of the process, the same on every rank."""
+    secure_standard_streams()
     launcher = read_launcher()
     leave_on_interrupts(is_quiet=launcher.rank != 0, by_signal=launcher.kind == "mpich" and launcher.size > 1)
     # Before anything heavy is imported: from here on a rank that is stopped does not go unseen.
@@ -49,19 +51,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_args(rest)
     try:
         code = int(module.run_command(options))
-        sys.stdout.flush()
-        return code
+        return code if _flushed() else EXIT_USAGE
     except LeptonError as error:
         if launcher.rank == 0:
-            print(f"lepton-dist: error: {error}", file=sys.stderr, flush=True)
+            report(error)
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output (`| head`) has left: nobody is there to be told.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_stdout()
         return EXIT_DONE
     finally:
         if guardian is not None:
             guardian.close()
+
+
+def _flushed() -> bool:
+    """Whether all that was printed is where it was to go; a reader that has left (`| head`) wants no more of it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop_stdout()
+    except OSError as error:
+        drop_stdout()
+        report(UsageError(f"what was printed is not complete: stdout: {error.strerror}"))
+        return False
+    return True
 
 
 def _split(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:

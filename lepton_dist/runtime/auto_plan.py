@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 
 from lepton_dist.config.generate import GenerateConfig
@@ -20,9 +19,9 @@ from lepton_dist.plan.document import plan_to_yaml
 from lepton_dist.plan.plan import Plan
 from lepton_dist.plan.precision import Dtypes, decide_dtypes
 from lepton_dist.runtime.controller import Controller
-from lepton_dist.runtime.opening import notice
 from lepton_dist.runtime.planning import read_lengths
 from lepton_dist.runtime.profiling import make_cluster
+from lepton_dist.telemetry.voice import notice
 
 
 def plan_here(
@@ -54,8 +53,8 @@ def plan_here(
     )
     plans = rank_plans(target)
     chosen = estimated(target, plans[0], "throughput", plan.precision, plan.cluster)
-    notice(f"mesh: auto, planned for {config.input}\n{described(target, plans, found.notes)}\n\nplan 1 in full:")
-    print(plan_to_yaml(chosen), file=sys.stderr, end="", flush=True)
+    why = described(target, plans, found.notes)
+    notice(f"mesh: auto, planned for {config.input}\n{why}\n\nplan 1 in full:\n{plan_to_yaml(chosen).rstrip()}")
     return chosen, machines
 
 

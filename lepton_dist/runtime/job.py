@@ -16,8 +16,9 @@ from lepton_dist.comm.world import World, open_world
 from lepton_dist.errors import EXIT_FAILED, EXIT_STOPPED, LaunchError, LeptonError
 from lepton_dist.runtime.controller import Controller
 from lepton_dist.runtime.guardian import Guardian, start_guardian
-from lepton_dist.runtime.run import START_TIMEOUT_S, dismiss, report, serve
+from lepton_dist.runtime.run import START_TIMEOUT_S, dismiss, serve
 from lepton_dist.runtime.watchdog import Watchdog
+from lepton_dist.telemetry.voice import report
 
 
 class Job:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from lepton_dist.plan.precision import Dtypes, decide_dtypes
 from lepton_dist.runtime.blueprint import Blueprint
 from lepton_dist.runtime.controller import Controller
 from lepton_dist.runtime.messages import OpenSession
+from lepton_dist.telemetry.voice import notice
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,6 @@ class ModelRequest:
     cluster: Cluster | None = None
 
 
-def notice(text: str) -> None:
-    """Tell the user something that is no error."""
-    print(f"lepton-dist: {text}", file=sys.stderr, flush=True)
-
-
 def load_plan_document(path: str | None) -> tuple[Plan | None, Document | None]:
     """A plan file and its document, which knows the lines."""
     if path is None:
@@ -55,7 +50,7 @@ def draw_blueprint(world: World, request: ModelRequest, document: Document | Non
     Raises:
         CheckpointError, ConfigError: as `Blueprint.draw`, with the place in the plan file.
     """
-    plan = request.plan or Plan.default(world.nodes)
+    plan = (request.plan or Plan()).laid_out(world.nodes)
     try:
         blueprint = Blueprint.draw(request.model, plan, world.size)
     except ConfigError as error:
@@ -95,9 +90,9 @@ def open_model(
     blueprint, dtypes = draw_blueprint(world, request, document)
     if dtypes.notice:
         notice(dtypes.notice)
-    if request.plan is None and world.size > 1:
-        notice("no --plan: using the one below, which can be saved and given as a file")
-        print(plan_to_yaml(blueprint.plan), file=sys.stderr, end="", flush=True)
+    if not (request.plan and request.plan.has_layout) and world.size > 1:
+        shown = plan_to_yaml(blueprint.plan).rstrip()
+        notice(f"no layout is given: using the one below, which can be saved and given as a file\n{shown}")
     spare = sorted(set(range(world.size)) - blueprint.plan.ranks)
     if spare:
         notice(f"warning: the plan leaves out rank(s) {', '.join(map(str, spare))}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import sys
 import traceback
 from collections.abc import Callable
 
@@ -25,6 +24,7 @@ from lepton_dist.runtime.interrupts import Interrupts, ignore_interrupts
 from lepton_dist.runtime.messages import Message
 from lepton_dist.runtime.rank import Rank
 from lepton_dist.runtime.watchdog import Watchdog
+from lepton_dist.telemetry.voice import report
 
 START_TIMEOUT_S = 600.0
 Program = Callable[[Controller, Interrupts], int]
@@ -50,12 +50,6 @@ def run(program: Program) -> int:
         ignore_interrupts()
         world.close(code)
     return code
-
-
-def report(error: BaseException) -> None:
-    """Print an error the way users see it."""
-    sys.stdout.flush()
-    print(f"lepton-dist: error: {error}", file=sys.stderr, flush=True)
 
 
 def _lead(world: World, program: Program, watchdog: Watchdog) -> int:
