@@ -13,6 +13,9 @@ from typing import Any
 import yaml
 
 from lepton_dist.errors import ConfigError
+from lepton_dist.files import read_regular
+
+_MOST_VALUES = 1_000_000  # a cluster file of 4,096 ranks holds a tenth of that
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def read_yaml(path: str | Path) -> Document:
         ConfigError: the file is absent, unreadable, not UTF-8, not YAML, or repeats a key.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_regular(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"is not UTF-8 text ({error.reason} at byte {error.start})", place=str(path)) from None
     except OSError as error:
@@ -58,22 +61,28 @@ def read_yaml(path: str | Path) -> Document:
 
 def parse_yaml(text: str, source: str) -> Document:
     """Parse YAML text; `source` is the name that errors show."""
-    loader = yaml.SafeLoader(text)
     lines: dict[str, int] = {}
     try:
-        root = loader.get_single_node()
-        values = None if root is None else _build(loader, root, "", lines, source)
+        loader = yaml.SafeLoader(text)
+        try:
+            root = loader.get_single_node()
+            values = None if root is None else _build(loader, root, "", lines, source)
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{source}:{mark.line + 1}" if mark else source
-        raise ConfigError(f"is not valid YAML: {getattr(error, 'problem', error)}", place=place) from None
-    finally:
-        loader.dispose()
+        raise ConfigError(f"is not valid YAML: {getattr(error, 'problem', None) or error}", place=place) from None
+    except RecursionError:
+        raise ConfigError("nests too deep, or an alias holds itself", place=source) from None
     return Document(source, values, lines)
 
 
 def _build(loader: yaml.SafeLoader, node: yaml.Node, path: str, lines: dict[str, int], source: str) -> Any:
     lines.setdefault(path, node.start_mark.line + 1)
+    if len(lines) > _MOST_VALUES:
+        # Aliases of aliases grow without bound: a file of a kilobyte would fill the memory.
+        raise ConfigError(f"holds more than {_MOST_VALUES} values", place=source)
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -87,4 +96,7 @@ def _build(loader: yaml.SafeLoader, node: yaml.Node, path: str, lines: dict[str,
         return result
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, item, f"{path}[{index}]", lines, source) for index, item in enumerate(node.value)]
-    return loader.construct_object(node, deep=True)
+    try:
+        return loader.construct_object(node, deep=True)
+    except ValueError as error:  # such as the 30th of February, or a number of 5,000 digits
+        raise ConfigError(f"is no value: {error}", key=path, place=f"{source}:{node.start_mark.line + 1}") from None

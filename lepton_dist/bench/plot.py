@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 
 from lepton_dist.bench.measure import Figure
 from lepton_dist.errors import UsageError
+from lepton_dist.storage.outputs import write_output
 
 
 def check_plotting() -> None:
@@ -24,7 +26,7 @@ def write_plot(path: Path, title: str, table: Mapping[str, list[Figure]]) -> Non
     """Write a PNG with every case of `table`, which holds the figures of each setting.
 
     Raises:
-        UsageError: the file cannot be written.
+        OutputError: the file cannot be written.
     """
     from matplotlib.figure import Figure as Picture  # an optional extra; `check_plotting` has been asked
 
@@ -46,7 +48,6 @@ def write_plot(path: Path, title: str, table: Mapping[str, list[Figure]]) -> Non
             panel.axvline(max(limits), color="#cc3311", linestyle="--")
         panel.set_title(case)
         panel.set_xlabel(next(iter(found.values())).unit + (" (dashed: the limit)" if limits else ""))
-    try:
-        picture.savefig(path, dpi=120, format="png")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
+    drawn = BytesIO()
+    picture.savefig(drawn, dpi=120, format="png")
+    write_output(path, drawn.getvalue())

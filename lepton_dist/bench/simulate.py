@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
+from io import BytesIO
 
 from lepton_dist.coordinator.cluster import Cluster
 from lepton_dist.coordinator.cluster_document import read_cluster
@@ -20,6 +20,7 @@ from lepton_dist.plan.precision import decide_dtypes
 from lepton_dist.runtime.blueprint import Blueprint
 from lepton_dist.runtime.decision_log import decision_log
 from lepton_dist.runtime.opening import load_plan_document
+from lepton_dist.storage.outputs import write_output
 
 _MOST_ROWS = 32
 
@@ -91,20 +92,17 @@ def write_trace(path: str, plan: Plan, result: Simulated) -> None:
     """Write the timeline.
 
     Raises:
-        UsageError: the file cannot be written.
+        OutputError: the file cannot be written.
     """
     ranks = {(r, s): plan.replicas[r].stages[s].ranks for r, s in result.lanes}
-    try:
-        Path(path).write_text(json.dumps(chrome_trace(result.lanes, ranks)) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
+    write_output(path, json.dumps(chrome_trace(result.lanes, ranks)) + "\n")
 
 
 def write_picture(path: str, plan: Plan, result: Simulated) -> None:
     """Write a PNG: a row a stage, darker where it is busier.
 
     Raises:
-        UsageError: the file cannot be written.
+        OutputError: the file cannot be written.
     """
     from matplotlib.figure import Figure  # an optional extra; `check_plotting` has been asked
 
@@ -121,10 +119,9 @@ def write_picture(path: str, plan: Plan, result: Simulated) -> None:
         axes.set_yticks(range(len(rows)), names)
     axes.set_xlabel("seconds")
     axes.set_xlim(0.0, result.makespan_s)
-    try:
-        picture.savefig(path, format="png", dpi=100)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
+    drawn = BytesIO()
+    picture.savefig(drawn, format="png", dpi=100)
+    write_output(path, drawn.getvalue())
 
 
 def _spread(values: list[float]) -> str:

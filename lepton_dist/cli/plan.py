@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from lepton_dist.cli.imports import lasting_imports
 from lepton_dist.coordinator.estimate import estimated
@@ -12,7 +13,10 @@ from lepton_dist.errors import UsageError
 from lepton_dist.plan.document import DTYPES, WIRES, plan_to_yaml
 from lepton_dist.plan.plan import EngineLimits, Precision
 from lepton_dist.plan.precision import QUANTIZED
-from lepton_dist.storage.outputs import check_writable
+from lepton_dist.storage.outputs import check_writable, refuse_overwriting
+from lepton_dist.values import checked_whole
+
+_MOST = 2**31 - 1
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -41,11 +45,17 @@ def run_command(options: argparse.Namespace) -> int:
     Raises:
         UsageError: an input is wrong, or the model fits on no plan.
     """
-    for name in ("max_sequences", "max_tokens", "output_tokens"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    try:
+        for name in ("max_sequences", "max_tokens", "output_tokens"):
+            if getattr(options, name) is not None:
+                checked_whole(f"--{name.replace('_', '-')}", getattr(options, name), 1, _MOST)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     if options.output:
+        refuse_overwriting(
+            {"--output": options.output},
+            {"--model": options.model, "--cluster": options.cluster, "--workload": _file(options.workload)},
+        )
         check_writable(options.output)
     with lasting_imports():
         from lepton_dist.bench.planning import load_target, write_plan
@@ -62,3 +72,8 @@ def run_command(options: argparse.Namespace) -> int:
     else:
         print("\nplan 1 in full:\n" + plan_to_yaml(plan), end="")
     return 0
+
+
+def _file(workload: str) -> str | None:
+    """The file of a workload that is not two numbers."""
+    return workload if Path(workload).exists() else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 
 from lepton_dist.cli.imports import lasting_imports
+from lepton_dist.storage.outputs import check_writable, refuse_overwriting
+from lepton_dist.values import FLOATS
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         required=True,
         help='JSON lines: {"prompt_tokens": N, "output_tokens": N} with max_tokens, arrival_s, count if wanted',
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="over the plan's precision")
+    parser.add_argument("--dtype", choices=FLOATS, help="over the plan's precision")
     parser.add_argument("--trace", metavar="FILE", help="write a timeline for https://ui.perfetto.dev")
     parser.add_argument("--plot", metavar="FILE", help="write a picture (PNG) of who is busy when")
     parser.add_argument("--decisions", metavar="FILE", help="write the balancer's log, from which it can be replayed")
@@ -33,6 +35,12 @@ def run_command(options: argparse.Namespace) -> int:
     with lasting_imports():
         from lepton_dist.bench.plot import check_plotting
         from lepton_dist.bench.simulate import load_simulation, summary, write_picture, write_trace
+    outputs = {"--trace": options.trace, "--plot": options.plot, "--decisions": options.decisions}
+    inputs = {"--model": options.model, "--cluster": options.cluster, "--plan": options.plan}
+    refuse_overwriting(outputs, {**inputs, "--workload": options.workload})
+    for path in outputs.values():
+        if path:
+            check_writable(path)
     if options.plot:
         check_plotting()
     simulation = load_simulation(options.model, options.cluster, options.plan, options.workload, options.dtype)

@@ -12,6 +12,8 @@ from lepton_dist.coordinator.prices import Demand, Prices, Steps
 from lepton_dist.plan.plan import BalancerPolicy
 
 Write = Callable[[str], object]
+FIRST_BYTES = b'["begin"'
+"""What every log begins with."""
 
 
 class LoggedBalancer(Balancer):

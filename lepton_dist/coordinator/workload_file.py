@@ -6,14 +6,17 @@ output's length is known beforehand), `arrival_s` (0) and `count` (1).
 
 from __future__ import annotations
 
+import math
 import os
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from lepton_dist.coordinator.workload import RequestLengths
 from lepton_dist.errors import ConfigError
+from lepton_dist.files import read_regular
+
+_MOST_ALIKE = 10_000_000  # requests of a line, each of which takes memory
 
 
 class _Line(msgspec.Struct, forbid_unknown_fields=True):
@@ -33,7 +36,7 @@ def read_workload(path: str | os.PathLike[str]) -> list[RequestLengths]:
     decoder = msgspec.json.Decoder(_Line)
     requests: list[RequestLengths] = []
     try:
-        lines = Path(path).read_bytes().splitlines()
+        lines = read_regular(path).splitlines()
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", place=str(path)) from None
     for number, line in enumerate(lines, 1):
@@ -41,7 +44,7 @@ def read_workload(path: str | os.PathLike[str]) -> list[RequestLengths]:
             continue
         try:
             fields = decoder.decode(line)
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"is no request of a workload: {error}", place=f"{path}:{number}") from None
         requests += [_checked(fields, f"{path}:{number}")] * fields.count
     if not requests:
@@ -65,7 +68,8 @@ def _checked(fields: _Line, place: str) -> RequestLengths:
         raise ConfigError(
             f"is {most}, but output_tokens is {fields.output_tokens}: raise it", key="max_tokens", place=place
         )
-    if fields.arrival_s < 0 or fields.count < 1:
-        name = "arrival_s" if fields.arrival_s < 0 else "count"
-        raise ConfigError("is too small", key=name, place=place)
+    if not 0 <= fields.arrival_s < math.inf:  # not a number is neither
+        raise ConfigError(f"must be 0 seconds or more, not {fields.arrival_s}", key="arrival_s", place=place)
+    if not 1 <= fields.count <= _MOST_ALIKE:
+        raise ConfigError(f"must be from 1 to {_MOST_ALIKE}, not {fields.count}", key="count", place=place)
     return RequestLengths(fields.prompt_tokens, fields.output_tokens, most, fields.arrival_s)

@@ -1,11 +1,9 @@
-"""From rows to requests, ahead of the ranks: tokenised, checked against the context, with every default filled in."""
+"""From rows to requests: tokenised, checked against the context, with every default filled in."""
 
 from __future__ import annotations
 
 import datetime
-import queue
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,61 +112,3 @@ class RequestMaker:
         params = msgspec.structs.replace(params, seed=seed, max_tokens=min(params.max_tokens, room))
         preceding = 0 if self._tokenizer is None else num_preceding(self._tokenizer, ids)
         return Request(row.key, ids, params, row.hint, preceding)
-
-
-class Ahead:
-    """Prepares items in a thread of its own, a bounded number ahead of need.
-
-    `take` never waits. An error of the thread comes out of `take`.
-    """
-
-    def __init__(
-        self, rows: Iterable[PromptRow | BadRow], prepare: Callable[[PromptRow | BadRow], Item], depth: int
-    ) -> None:
-        self._items: queue.Queue[Item | BaseException | None] = queue.Queue(depth)
-        self._stopped = threading.Event()
-        self.is_exhausted = False
-        self._thread = threading.Thread(target=self._work, args=(iter(rows), prepare), name="tokenizer", daemon=True)
-        self._thread.start()
-
-    def take(self) -> Item | None:
-        """The next item; None when none is ready, or none is left (then `is_exhausted`).
-
-        Raises:
-            LeptonError: whatever reading or preparing a row has raised.
-        """
-        if self.is_exhausted:
-            return None
-        try:
-            item = self._items.get_nowait()
-        except queue.Empty:
-            return None
-        if isinstance(item, BaseException):
-            self.is_exhausted = True
-            raise item
-        self.is_exhausted = item is None
-        return item
-
-    def stop(self) -> None:
-        """End the thread; what it has prepared is given up."""
-        self._stopped.set()
-        self._thread.join()
-
-    def _work(self, rows: Iterator[PromptRow | BadRow], prepare: Callable[[PromptRow | BadRow], Item]) -> None:
-        last: BaseException | None = None
-        try:
-            for row in rows:
-                if not self._put(prepare(row)):
-                    return
-        except BaseException as error:  # handed to the thread that takes
-            last = error
-        self._put(last)
-
-    def _put(self, item: Item | BaseException | None) -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._items.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from lepton_dist.errors import LeptonError, OutputError, StoppedEarly
 
 # The disk is full (or a quota or file size limit is reached) or failing: not the command's fault, and it may pass.
 _DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+_NO_SUCH_CALL = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
 def output_fault(error: OSError, path: Path, done: str) -> LeptonError:
@@ -36,18 +38,26 @@ def write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def replace_file(path: Path, chunks: Iterable[bytes], *, mode: int) -> None:
+def replace_file(path: Path, chunks: Iterable[bytes], *, mode: int | None = None) -> None:
     """Put a new file in the place of `path` in one step: after a crash the old one is there, or the whole new one.
+
+    It has the `mode` given, else that of the old file, else what the umask leaves. A link in its place is replaced, not
+    followed.
 
     Raises:
         OSError: the old file is as it was.
     """
-    draft = _draft(path)
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    draft = draft_of(path)
+    if mode is None and path.is_file():
+        mode = stat.S_IMODE(path.stat().st_mode)
+    # What lies there is a killed run's, or a link that somebody planted: it is removed, never written into.
+    draft.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(draft, flags, 0o666 if mode is None else 0o600)
     try:
         try:
-            # A draft left behind by a killed run keeps its own mode, so it is set here and not at creation.
-            os.fchmod(descriptor, mode)
+            if mode is not None:
+                os.fchmod(descriptor, mode)
             for chunk in chunks:
                 write_all(descriptor, chunk)
             os.fsync(descriptor)
@@ -66,21 +76,25 @@ def remove_draft(path: Path) -> None:
     Raises:
         OSError: it cannot be removed.
     """
-    _draft(path).unlink(missing_ok=True)
+    draft_of(path).unlink(missing_ok=True)
 
 
-def _draft(path: Path) -> Path:
+def draft_of(path: Path) -> Path:
+    """Where `replace_file` writes before it puts the file in its place."""
     return path.with_name(path.name + ".lepton-draft")
 
 
 def sync_directory(directory: Path) -> None:
     """Make the creation, renaming or removal of a file in `directory` durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:  # a folder to drop files into, which this user may not list
+        return
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems refuse this for directories; they do it by themselves.
-        if error.errno != errno.EINVAL:
+        # Network and user-space file systems refuse this for directories; the network ones do it by themselves.
+        if error.errno not in _NO_SUCH_CALL:
             raise
     finally:
         os.close(descriptor)

@@ -10,6 +10,7 @@ import hashlib
 from pathlib import Path
 
 from lepton_dist.errors import CheckpointError, UsageError
+from lepton_dist.files import open_regular
 
 _BLOCK_BYTES = 64 * 1024
 _WHOLE_BYTES = 32 * 1024 * 1024
@@ -30,7 +31,7 @@ def model_fingerprint(directory: str | Path) -> str:
     root = Path(directory)
     digest = hashlib.blake2b(digest_size=16)
     try:
-        files = sorted(path for pattern in _PATTERNS for path in root.glob(pattern) if _is_part_of_model(path))
+        files = model_files(root)
         if not files:
             raise CheckpointError(f"{root}: holds no model: no configuration and no weights")
         sampled = sum(path.stat().st_size > _WHOLE_BYTES for path in files)
@@ -44,6 +45,16 @@ def model_fingerprint(directory: str | Path) -> str:
     return digest.hexdigest()
 
 
+def model_files(directory: str | Path) -> list[Path]:
+    """The files of a model directory that decide its answers.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
+    root = Path(directory)
+    return sorted(path for pattern in _PATTERNS for path in root.glob(pattern) if _is_part_of_model(path))
+
+
 def file_digest(path: str | Path) -> str:
     """The SHA-256 of a whole file, in hexadecimal.
 
@@ -51,7 +62,7 @@ def file_digest(path: str | Path) -> str:
         UsageError: the file cannot be read.
     """
     try:
-        with Path(path).open("rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None

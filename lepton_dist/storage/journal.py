@@ -1,8 +1,8 @@
 """The output of a batch run as a journal: whole rows, appended, on disk before they count, resumable after any death.
 
-Three files: the output itself, ``OUTPUT.job.json`` (what run this is, and whether it is complete) and, while a run
-writes, ``OUTPUT.lock``. A row counts as done once `Journal.sync` has returned; rows after the last sync may be lost by
-a crash, and are then done again.
+Four files: the output itself, ``OUTPUT.job.json`` (what run this is, and whether it is complete), ``OUTPUT.job.rows``
+(what its input's rows were, see `input_rows`) and, while a run writes, ``OUTPUT.lock``. A row counts as done once
+`Journal.sync` has returned; rows after the last sync may be lost by a crash, and are then done again.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Self
 
 from lepton_dist.errors import LeptonError, OutputError
 from lepton_dist.storage.durable import output_fault, remove_draft, replace_file, sync_directory, write_all
-from lepton_dist.storage.job_file import COMPLETE, RUNNING, Job, check_identity, read_job, write_job
+from lepton_dist.storage.input_rows import InputRows, write_input_rows
+from lepton_dist.storage.job_file import COMPLETE, RUNNING, Job, check_same_run, read_job, write_job
 from lepton_dist.storage.journal_lock import OutputLock
+from lepton_dist.storage.output_files import job_path, rows_path, usable_path
 
 KeyOfRow = Callable[[bytes], tuple[str, bool] | None]
 """From a row to its key and whether it is an error row; None for a line that is no row."""
@@ -34,25 +36,28 @@ class Journal:
         ok_rows, error_rows: how many of these are results and errors, over the whole file.
         is_complete: every row of the input is done, as `complete` has recorded.
         is_exclusive: False on a file system without locks, where a second writer would go unseen.
+        num_gone: rows of the output that the input has no longer; they stay.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, str], lock: OutputLock) -> None:
+    def __init__(self, path: Path, identity: Mapping[str, str], rows: InputRows | None, lock: OutputLock) -> None:
         self.path = path
         self.done: set[str] = set()
         self.ok_rows = 0
         self.error_rows = 0
         self.is_complete = False
         self.is_exclusive = lock.is_exclusive
+        self.num_gone = 0
         self._identity = dict(identity)
-        self._job_path = path.with_name(path.name + ".job.json")
+        self._rows = rows
+        self._job_path, self._rows_path = job_path(path), rows_path(path)
         self._lock = lock
         self._descriptor = -1
         self._durable_bytes = 0
         self._written_bytes = 0
-        # Rows not yet written, and key and kind of every row that is not yet durable.
+        # Rows not yet written; of every row that is not yet durable whether it is an error, and its bytes, in order.
         self._buffer: list[bytes] = []
         self._buffered_bytes = 0
-        self._pending: dict[str, bool] = {}
+        self._pending: dict[str, tuple[bool, int]] = {}
         self._fault: LeptonError | None = None
 
     @classmethod
@@ -62,6 +67,7 @@ class Journal:
         identity: Mapping[str, str],
         key_of_row: KeyOfRow,
         *,
+        rows: InputRows | None = None,
         overwrite: bool = False,
         retry_errors: bool = False,
         wait_s: float = 10.0,
@@ -72,19 +78,22 @@ class Journal:
 
         Args:
             output: the file; links are followed. Its directory must exist.
-            identity: all that the rows depend on, as short texts by name.
+            identity: all that the rows depend on, as short texts by name; with `rows` the input's digest as ``input``.
             key_of_row: see `KeyOfRow`.
+            rows: the rows of the input; with them another ``input`` goes on with an output whose rows are all in it
+                as they were.
             overwrite: forget what is there.
             retry_errors: take the error rows out, so that they are not done.
             wait_s: how long to wait for another writer to die.
 
         Raises:
-            OutputError: the place cannot be written, another run writes there, or its rows are another run's.
+            OutputError: the place cannot be written, another run writes there, its rows are another run's, or a row
+                of the input that is done has changed.
             StoppedEarly: the disk is full or failing.
         """
         try:
-            path = _usable_path(Path(output))
-            journal = cls(path, identity, OutputLock.acquire(path, wait_s=wait_s))
+            path = usable_path(Path(output))
+            journal = cls(path, identity, rows, OutputLock.acquire(path, wait_s=wait_s))
             try:
                 journal._start(key_of_row, overwrite=overwrite, retry_errors=retry_errors)
             except BaseException:
@@ -106,7 +115,7 @@ class Journal:
             raise LeptonError(f"row {key} is in the output already; each row is written once")
         if not line or line.find(b"\n") != len(line) - 1:
             raise LeptonError(f"row {key} must be one line that ends in a newline")
-        self._pending[key] = is_error
+        self._pending[key] = is_error, len(line)
         self._buffer.append(line)
         self._buffered_bytes += len(line)
         if self._buffered_bytes >= _BATCH_BYTES:
@@ -128,7 +137,7 @@ class Journal:
         except OSError as error:
             # What was written since the last sync may be lost or not: it is taken back, so that it is surely not there.
             self._give_up(error, self._durable_bytes)
-        return self._count_pending()
+        return self._count_pending(self._written_bytes)
 
     def complete(self) -> None:
         """Sync, and record that every row of the input is done.
@@ -175,31 +184,40 @@ class Journal:
 
     def _start(self, key_of_row: KeyOfRow, *, overwrite: bool, retry_errors: bool) -> None:
         """Bring the files into the state of a run in progress. The order of steps matters: each may be the last."""
-        job_path = self._job_path
-        remove_draft(job_path)
+        remove_draft(self._job_path)
         remove_draft(self.path)
-        job = None if overwrite else read_job(job_path)
+        job = None if overwrite else read_job(self._job_path)
         if overwrite:
             # Without a job file the rows belong to nobody, so they can never be taken for rows of the new run.
-            job_path.unlink(missing_ok=True)
+            self._job_path.unlink(missing_ok=True)
+            self._rows_path.unlink(missing_ok=True)
             sync_directory(self.path.parent)
-        has_rows = self.path.exists() and self.path.stat().st_size > 0
+        # Asked of the open file: a network file system may remember for a while that a file was absent.
+        self._open_output(os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
+        has_rows = self._durable_bytes > 0
         if has_rows and not overwrite:
             if job is None:
                 raise OutputError(
-                    f"{self.path}: exists, and {job_path.name} is not beside it, so its rows cannot be told from this "
-                    "run's; choose another output, or start anew with --overwrite"
+                    f"{self.path}: exists, and {self._job_path.name} is not beside it, so its rows cannot be told from "
+                    "this run's; choose another output, or start anew with --overwrite"
                 )
-            check_identity(self.path, job.identity, self._identity)
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | (os.O_TRUNC if overwrite else 0)
-        self._open_output(flags)
+            done = self._read_rows(key_of_row, retry_errors=retry_errors)
+            self.num_gone = check_same_run(self.path, job, self._identity, self._rows, done)
         if overwrite:
             # The rows must be gone for good before a job file says that what is there is this run's.
+            os.ftruncate(self._descriptor, 0)
             os.fsync(self._descriptor)
+            self._durable_bytes = self._written_bytes = 0
+            has_rows = False
         elif has_rows:
             self._recover(job, key_of_row, retry_errors=retry_errors)
-        self.is_complete = job is not None and job.state == COMPLETE and job.rows == len(self.done) and has_rows
-        if not self.is_complete and (job is None or job.state != RUNNING or job.identity != self._identity):
+        is_known = job is not None and job.identity == self._identity
+        self.is_complete = job is not None and is_known and job.state == COMPLETE and job.rows == len(self.done)
+        self.is_complete = self.is_complete and has_rows
+        if not self.is_complete and (job is None or job.state != RUNNING or not is_known):
+            if self._rows is not None:
+                # First: the job file must never name an input whose rows are not known.
+                write_input_rows(self._rows_path, self._rows)
             self._write_state(RUNNING)
         sync_directory(self.path.parent)
 
@@ -277,19 +295,24 @@ class Journal:
         try:
             os.ftruncate(self._descriptor, kept_bytes)
             os.fsync(self._descriptor)
+            self._count_pending(kept_bytes)
         except OSError as second:
             # The next start cuts a torn line anyway; the first fault is the one to tell.
             error.add_note(f"and then, cutting the output to whole rows: {second.strerror}")
         self._fault = output_fault(error, self.path, self._progress())
         raise self._fault from error
 
-    def _count_pending(self) -> int:
-        added = len(self._pending)
-        self.done.update(self._pending)
-        for is_error in self._pending.values():
+    def _count_pending(self, end: int) -> int:
+        """Count the rows up to byte `end` of the output as done; how many these are."""
+        added = 0
+        for key, (is_error, num_bytes) in self._pending.items():
+            if self._durable_bytes + num_bytes > end:
+                break
+            self._durable_bytes += num_bytes
+            self.done.add(key)
             self._count(is_error)
+            added += 1
         self._pending = {}
-        self._durable_bytes = self._written_bytes
         return added
 
     def _count(self, is_error: bool) -> None:
@@ -310,17 +333,3 @@ class Journal:
             raise self._fault
         if self._descriptor < 0:
             raise LeptonError(f"{self.path}: the output is closed")
-
-
-def _usable_path(output: Path) -> Path:
-    """Where an output really lies, links followed, if a file can be there."""
-    try:
-        path = output.resolve()
-    except RuntimeError:
-        raise OutputError(f"{output}: the output is a link that leads back to itself") from None
-    if path.exists() and not path.is_file():
-        what = "a directory" if path.is_dir() else "not a regular file"
-        raise OutputError(f"{output}: the output is {what}; name a file to write")
-    if not path.parent.is_dir():
-        raise OutputError(f"{output}: the output's directory {path.parent} does not exist; create it first")
-    return path

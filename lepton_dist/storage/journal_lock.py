@@ -6,15 +6,19 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import socket
 import time
 from pathlib import Path
 
 from lepton_dist.errors import OutputError
+from lepton_dist.storage.output_files import lock_path
 
 _POLL_S = 0.05
 # What a file system answers that has no such locks (Lustre without its flock option, some NFS).
 _UNSUPPORTED = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
+
+_LOCK_TEXT = re.compile(r"(\d+ on \S+\n)?")
 
 
 class OutputLock:
@@ -34,21 +38,22 @@ class OutputLock:
         """Take an output's lock, ``OUTPUT.lock``, waiting up to `wait_s` seconds for a holder that may be dying.
 
         Raises:
-            OutputError: another process still holds it; names the process and its host.
+            OutputError: another process still holds it (names the process and its host); or what lies there is no
+                lock of a run.
             OSError: the lock file cannot be written.
         """
-        path = output.with_name(output.name + ".lock")
+        path = lock_path(output)
         deadline = time.monotonic() + wait_s
         while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            descriptor = _opened(path, output)
             try:
                 lock = cls._try(path, descriptor)
+                if lock is not None:
+                    return lock
+                holder = _holder(descriptor).strip() or "unknown"
             except BaseException:
                 os.close(descriptor)
                 raise
-            if lock is not None:
-                return lock
-            holder = os.pread(descriptor, 300, 0).decode("utf-8", "replace").strip() or "unknown"
             os.close(descriptor)
             if time.monotonic() >= deadline:
                 raise OutputError(
@@ -74,6 +79,8 @@ class OutputLock:
             is_current = False
         if not is_current:
             return None
+        if not _LOCK_TEXT.fullmatch(_holder(descriptor)):
+            raise OutputError(f"{path}: exists, and is not the lock of a run: move it away, or choose another output")
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         return cls(path, descriptor, is_exclusive=True)
@@ -86,3 +93,25 @@ class OutputLock:
                 self._path.unlink()
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _opened(path: Path, output: Path) -> int:
+    """The lock file, made where it is absent; never what a link leads to.
+
+    Raises:
+        OutputError: it is a link, or another user's.
+    """
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OutputError(f"{path}: is a link, where the lock of {output} would be: remove it") from None
+        if error.errno == errno.EACCES and path.exists():
+            raise OutputError(
+                f"{path}: belongs to another user, whose run may be writing {output}: if none is, remove it"
+            ) from None
+        raise
+
+
+def _holder(descriptor: int) -> str:
+    return os.pread(descriptor, 300, 0).decode("utf-8", "replace")

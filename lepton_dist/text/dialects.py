@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 
 from lepton_dist.config.sampling import is_encodable, shown_value
 from lepton_dist.errors import RequestError, UsageError
+from lepton_dist.files import open_regular
 from lepton_dist.text.request_fields import chat_request, completion_request, native_request
 from lepton_dist.text.rows import BadRow, Dialect, PromptRow, key_of_id, key_of_line
 
@@ -28,14 +30,14 @@ _BATCH_URLS: Mapping[str, Dialect] = {
 }
 
 
-def open_input(path: str | Path) -> BinaryIO:
+def open_input(path: str | Path) -> BufferedReader:
     """Open an input file for `read_rows`.
 
     Raises:
-        UsageError: it is absent, a directory, or cannot be read.
+        UsageError: it is absent, no regular file (a pipe can be read only once), or cannot be read.
     """
     try:
-        return Path(path).open("rb")
+        return open_regular(path)
     except OSError as error:
         raise UsageError(f"{path}: the input cannot be read: {error.strerror}") from None
 
@@ -43,6 +45,27 @@ def open_input(path: str | Path) -> BinaryIO:
 def is_text_path(path: str | Path) -> bool:
     """Whether a file is a prompt a line, by its name; else it is JSON Lines."""
     return Path(path).suffix.lower() == ".txt"
+
+
+class _Named(msgspec.Struct):
+    id: int | str | None = None
+    custom_id: int | str | None = None
+
+
+_NAME_DECODER = msgspec.json.Decoder(_Named)
+
+
+def key_of_input(line: bytes, number: int) -> str:
+    """The key that a line of JSON will have, unless an earlier one has it; of a ``.txt`` file it is that of its number.
+
+    Far cheaper than reading the row: nothing of it but its name is looked at.
+    """
+    try:
+        named = _NAME_DECODER.decode(line)
+    except (ValueError, RecursionError):
+        return key_of_line(number)
+    row_id = named.id if named.custom_id is None else named.custom_id
+    return key_of_line(number) if row_id is None else key_of_id(row_id)
 
 
 def count_rows(path: str | Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,6 @@ CASES = [
     file_case(
         "a plan with an unknown key", ["spoilt.yaml:2: engine.blocks"], "--plan", "mesh: {}\nengine: {blocks: 1}\n"
     ),
-    file_case("an empty plan", ["spoilt.yaml", "mesh"], "--plan", ""),
     file_case(
         "a plan with too many layers",
         ["spoilt.yaml:1", "layers", "7", "6"],
@@ -165,14 +165,53 @@ CASES = [
     option_case("a folder for an output", ["{folder}", "the output is a directory"], "--output", "{folder}"),
     option_case("no folder for the output", ["{folder}/no", "does not exist"], "--output", "{folder}/no/out.jsonl"),
     option_case("an output that cannot be", ["/proc", "cannot be written"], "--output", "/proc/self/out.jsonl"),
-    option_case("an output without a job file", ["in.jsonl", "--overwrite"], "--output", "{folder}/in.jsonl"),
+    option_case("an output without a job file", ["prompts", "--overwrite"], "--output", "{folder}/prompts"),
+    option_case("an output that is the input", ["in.jsonl", "overwrite the input"], "--output", "{folder}/in.jsonl"),
+    Case("an output that is the input by a link", ["overwrite the input"], lambda folder: linked(folder, "in.jsonl")),
+    Case("an output that is the plan", ["overwrite the plan"], lambda f: planned(f)),
+    Case("an output that is a file of the model", ["a file of the model", "config.json"], lambda f: modelled(f)),
+    Case("an input that is a pipe", ["the input cannot be read", "it is a pipe"], lambda f: piped(f, "--input")),
+    Case("a plan that is a pipe", ["spoilt", "it is a pipe"], lambda f: piped(f, "--plan")),
+    Case("a run file that is a pipe", ["spoilt", "it is a pipe"], lambda f: piped(f, "--config")),
     option_case("an unknown option", ["unrecognized arguments: --fast"], "--fast"),
     option_case("a value out of range", ["max_tokens", "0"], "--max-tokens", "0"),
     option_case("an unknown dtype", ["--dtype", "int3", "bfloat16"], "--dtype", "int3"),
     option_case("a negative grace", ["grace", "-1"], "--grace", "-1"),
     file_case("a run file with an unknown key", ["spoilt.yaml:2: modle", "known: "], "--config", "seed: 1\nmodle: x\n"),
-    file_case("a run file with a wrong type", ["spoilt.yaml:1: seed", "'one'"], "--config", "seed: one\n"),
+    file_case("a run file with a wrong type", ["spoilt.yaml:1: seed", "a string"], "--config", "seed: one\n"),
+    file_case(
+        "rounded weights as a dtype", ["spoilt.yaml:1: dtype", "written in the plan"], "--config", "dtype: int8\n"
+    ),
+    file_case("a dtype that is none", ["spoilt.yaml:1: dtype", "'float8'"], "--config", "dtype: float8\n"),
+    file_case("threads below none", ["spoilt.yaml:1: threads", "-1"], "--config", "threads: -1\n"),
+    file_case("threads beyond reason", ["spoilt.yaml:1: threads", "100000"], "--config", "threads: 100000\n"),
+    file_case("a seed for all rows", ["spoilt.yaml:1: sampling.seed"], "--config", "sampling: {seed: 3}\n"),
+    file_case("a seed of many digits", ["spoilt.yaml:1: seed", "digits"], "--config", f"seed: {10**40}\n"),
+    file_case("an endless deadline", ["step_timeout_s", "inf"], "--plan", "engine: {step_timeout_s: .inf}\n"),
+    file_case("blocks beyond reason", ["engine.block_tokens"], "--plan", f"engine: {{block_tokens: {10**12}}}\n"),
+    option_case("threads that are none", ["threads is -1"], "--threads", "-1"),
 ]
+
+
+def linked(folder: Path, name: str) -> Sequence[str | Path]:
+    (folder / "link").symlink_to(name)
+    return ["--output", folder / "link", "--overwrite"]
+
+
+def planned(folder: Path) -> Sequence[str | Path]:
+    path = folder / "plan.yaml"
+    path.write_text("engine: {max_sequences: 2}\n")
+    return ["--plan", path, "--output", path, "--overwrite"]
+
+
+def modelled(folder: Path) -> Sequence[str | Path]:
+    model = copy_model(folder / "model")
+    return ["--model", model, "--output", model / "config.json", "--overwrite"]
+
+
+def piped(folder: Path, option: str) -> Sequence[str | Path]:
+    os.mkfifo(folder / "spoilt")
+    return [option, folder / "spoilt"]
 
 
 def edit_bytes(path: Path) -> None:
@@ -183,6 +222,7 @@ def command(case: Case, folder: Path, ranks: int) -> list[str]:
     """The command of a case, with everything it needs in `folder`."""
     folder.mkdir()
     source = write_rows(folder / "in.jsonl", TEXT)
+    (folder / "prompts").write_bytes(source.read_bytes())
     changes = [str(word) for word in case.break_it(folder)]
     spoilt = folder / "spoilt.yaml"
     if spoilt.exists():

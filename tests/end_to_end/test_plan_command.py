@@ -113,4 +113,4 @@ def test_an_output_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
 
 def test_a_number_below_one_is_told() -> None:
     job = plan("--max-sequences", "0")
-    assert job.returncode == 2 and "--max-sequences must be at least 1" in job.stderr, job.report()
+    assert job.returncode == 2 and "--max-sequences is 0; it must be a whole number from 1" in job.stderr, job.report()

@@ -120,6 +120,23 @@ def test_a_full_disk_stops_in_order_and_the_run_resumes(tmp_path: Path) -> None:
     assert rows_now[: len(kept)] == kept and len(by_key(rows_now)) == 40
 
 
+def test_rows_are_corrected_and_added_where_there_is_no_answer_yet(tmp_path: Path) -> None:
+    good, bad = {"id": 1, "prompt": "import os\n"}, {"id": 2, "prompt": "def f(", "temperature": 9}
+    source, output = write_rows(tmp_path / "in.jsonl", [good, bad]), tmp_path / "out.jsonl"
+    assert run(generate(MODEL, source, output, *OPTIONS)).returncode == 3
+    answer = by_key(read_rows(output))["1"]
+    write_rows(source, [good, {**bad, "temperature": 0.9}, {"id": 3, "prompt": "x"}])
+    forgotten = run(generate(MODEL, source, output, *OPTIONS))
+    assert forgotten.returncode == 2 and "1 row(s) of the input that have changed" in forgotten.stderr
+    assert "--retry-errors" in forgotten.stderr and len(read_rows(output)) == 2
+    assert run(generate(MODEL, source, output, *OPTIONS, "--retry-errors")).returncode == 0
+    rows = by_key(read_rows(output))
+    assert rows["1"] == answer and {"1", "2", "3"} == set(rows) and not any("error" in row for row in rows.values())
+    write_rows(source, [{**good, "prompt": "import re\n"}, bad])
+    changed = run(generate(MODEL, source, output, *OPTIONS))
+    assert changed.returncode == 2 and "2 row(s) of the input that have changed" in changed.stderr, changed.report()
+
+
 def test_an_output_belongs_to_one_run_and_one_writer(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", [GOOD])
     output = tmp_path / "out.jsonl"
@@ -128,7 +145,6 @@ def test_an_output_belongs_to_one_run_and_one_writer(tmp_path: Path) -> None:
     other = run(generate(MODEL, source, output, "--max-tokens", "5", "--temperature", "0"))
     assert other.returncode == 2 and "max_tokens" in other.stderr and "--overwrite" in other.stderr, other.report()
     assert output.read_bytes() == before
-    assert Path(f"{output}.job.json").stat().st_mode & 0o777 == 0o600
     assert json.loads(Path(f"{output}.job.json").read_text())["state"] == "complete"
 
     many = [{"id": n, "prompt_token_ids": [5 + n], "ignore_eos": True, "max_tokens": 400} for n in range(300)]

@@ -20,7 +20,9 @@ import pytest
 import lepton_dist.storage
 from lepton_dist.errors import LeptonError, OutputError, StoppedEarly
 from lepton_dist.storage.fingerprint import file_digest, model_fingerprint
+from lepton_dist.storage.input_rows import InputRows, read_input_rows, survey
 from lepton_dist.storage.journal import Journal
+from lepton_dist.storage.output_files import rows_path
 
 PACKAGE_PARENT = Path(lepton_dist.storage.__file__).resolve().parents[2]
 IDENTITY = {"model": "m1", "input": "i1"}
@@ -84,12 +86,12 @@ def test_rows_count_once_they_are_synced(path: Path) -> None:
     assert path.read_bytes().count(b"\n") == 3
 
 
-def test_files_are_private_but_the_output_honours_the_umask(path: Path) -> None:
+def test_every_file_honours_the_umask(path: Path) -> None:
     before = os.umask(0o027)
     try:
         with opened(path):
             modes = {name: stat.S_IMODE(Path(f"{path}{name}").stat().st_mode) for name in ("", ".job.json", ".lock")}
-        assert modes == {"": 0o640, ".job.json": 0o600, ".lock": 0o600}
+        assert modes == {"": 0o640, ".job.json": 0o640, ".lock": 0o640}
     finally:
         os.umask(before)
     assert sorted(file.name for file in path.parent.iterdir()) == ["out.jsonl", "out.jsonl.job.json"]
@@ -210,10 +212,78 @@ def test_a_second_live_writer_is_refused_and_named(path: Path) -> None:
     opened(path).close()
 
 
+def test_what_lies_in_a_locks_place_is_never_written_into(path: Path) -> None:
+    victim, lock = path.with_name("victim"), path.with_name("out.jsonl.lock")
+    victim.write_text("precious")
+    lock.symlink_to(victim)
+    with pytest.raises(OutputError, match=r"out\.jsonl\.lock: is a link.*remove it"):
+        opened(path)
+    lock.unlink()
+    lock.write_text("notes of mine\n")
+    with pytest.raises(OutputError, match=r"out\.jsonl\.lock: exists, and is not the lock of a run"):
+        opened(path)
+    assert (victim.read_text(), lock.read_text()) == ("precious", "notes of mine\n")
+    assert not path.exists()
+    lock.write_text(f"{os.getpid()} on host-1\n")  # what a killed run leaves behind
+    opened(path).close()
+    assert not lock.exists()
+
+
+def rows_of(text: str) -> InputRows:
+    """An input of one row a letter: its key is the letter without its case."""
+    return survey([letter.encode() for letter in text], lambda line, number: line.decode().lower())
+
+
+def test_an_input_may_change_where_no_row_is_answered(path: Path) -> None:
+    def fill_from(text: str, keys: str, errors: str = "", **options: Any) -> set[str]:
+        rows = rows_of(text)
+        with opened(path, identity={"model": "m", "input": rows.digest}, rows=rows, **options) as journal:
+            for key in keys:
+                journal.append(row(key, is_error=key in errors), key=key, is_error=key in errors)
+            assert job_of(path)["identity"]["input"] == rows.digest
+            assert read_input_rows(rows_path(path)) is not None
+            return set(journal.done)
+
+    fill_from("abc", "ab", errors="b")
+    assert fill_from("aBC", "", retry_errors=True) == {"a"}  # b is corrected, c has changed
+    fill_from("aBCde", "bc")
+    before = path.read_bytes()
+    for text, changed in (("ABCde", 1), ("Abcde", 3)):
+        with pytest.raises(OutputError, match=rf"answers of {changed} row\(s\) of the input that have changed"):
+            fill_from(text, "")
+        assert path.read_bytes() == before
+    rows = rows_of("aB")
+    with opened(path, identity={"model": "m", "input": rows.digest}, rows=rows) as journal:
+        assert journal.num_gone == 1
+    # Without what the rows were, as an earlier version left it, the input must be the same.
+    rows_path(path).unlink()
+    with pytest.raises(OutputError, match=r"input was .*, now"):
+        fill_from("aBCde", "")
+    with pytest.raises(OutputError, match="model was m, now m2"):
+        opened(path, identity={"model": "m2", "input": rows.digest}, rows=rows)
+
+
+def test_a_start_that_died_between_its_two_files_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dying(*arguments: Any) -> None:
+        raise SystemExit
+
+    first, second = rows_of("abc"), rows_of("abcd")
+    with opened(path, identity={"input": first.digest}, rows=first) as journal:
+        journal.append(row("a"), key="a", is_error=False)
+    monkeypatch.setattr("lepton_dist.storage.journal.write_job", dying)
+    with pytest.raises(SystemExit):
+        opened(path, identity={"input": second.digest}, rows=second)
+    monkeypatch.undo()
+    with opened(path, identity={"input": second.digest}, rows=second) as journal:
+        assert journal.done == {"a"}
+
+
 CHILD = """
 import json, os, random, resource, sys, time
 from lepton_dist.errors import LeptonError
+from lepton_dist.storage.input_rows import InputRows, read_input_rows, survey
 from lepton_dist.storage.journal import Journal
+from lepton_dist.storage.output_files import rows_path
 
 def key_of(line):
     try:
@@ -328,6 +398,7 @@ def test_a_full_disk_stops_the_job_and_it_resumes(path: Path) -> None:
         last = process.stdout.read().strip().split("\n")[-1]
         assert process.wait() == 75, last
         assert last.startswith("StoppedEarly")
+        assert f"(after {len(whole_rows(path))} rows)" in last
         assert "give the same command again to resume" in last
         # The rows that fitted are there, whole, and nothing after them.
         assert path.read_bytes().endswith(b"\n")
