@@ -60,8 +60,8 @@ def check_batch(
     sequences: list[tuple[int, int]], group: int, dim: int, window: int | None, dtype: torch.dtype, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    # What no sequence wrote must never be read: NaN would show, except in masked slots of held blocks, kept at zero.
-    arenas = [torch.zeros(NUM_BLOCKS, KV_HEADS, BLOCK_TOKENS, dim, dtype=dtype) for _ in range(2)]
+    # What no sequence of the batch wrote, another may have left, and it may be no number: it must never be read.
+    arenas = [torch.full((NUM_BLOCKS, KV_HEADS, BLOCK_TOKENS, dim), math.nan, dtype=dtype) for _ in range(2)]
     free = torch.randperm(NUM_BLOCKS, generator=generator)
     slots, spans, owned, expected = [], [], [], []
     start = taken = 0
