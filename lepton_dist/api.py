@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,8 @@ class LeptonInference:
 
         Raises:
             UsageError: a setting is not supported, or no model is loaded.
-            RequestError: a row cannot be run; the message names its line.
+            RequestError: a row cannot be run, or the model has no numbers for it; the message names its line.
+            CheckpointError: the model is wrong, or has no numbers for any prompt.
         """
         _refuse(pruning, "pruning")
         if epochs < 1:
@@ -152,6 +154,9 @@ class LeptonInference:
             maker = _maker(blueprint, tokenizer, settings.model, sampling, epoch)
             requests += [_request(maker, controller, row, epoch) for row in rows]
         outputs = _run(controller, requests)
+        for row, request in zip(cycle(rows), requests, strict=False):
+            if failure := outputs[request.key].failure:
+                raise RequestError(f"row {row.id!r} (line {row.line}): {failure}", kind="server_error")
         return [formatter.texts(outputs[request.key])[0] for request in requests]
 
     def _open(self, settings: _Settings) -> tuple[Controller, Blueprint]:

@@ -109,8 +109,8 @@ class Dispatcher:
         if self._num_reports % self._num_replicas == 0 and _differ(self._learner.prices, self.balancer.prices):
             self.balancer.set_prices(self._learner.prices)
 
-    def finished(self, key: str, output_tokens: int) -> None:
-        """A request is done, with so many tokens over all of its samples."""
+    def finished(self, key: str, output_tokens: int | None) -> None:
+        """A request is done, with so many tokens over all of its samples; None where it has failed."""
         self._has_news = True
         request, features = self._requests.pop(key)
         self.balancer.finished(key, output_tokens)

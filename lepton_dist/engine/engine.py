@@ -36,6 +36,7 @@ class _Progress:
     """A request on its way: its samples still running, and those done."""
 
     request: Request
+    sequences: list[Sequence]
     scanners: dict[int, Scanner]
     done: dict[int, Completion] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
@@ -94,12 +95,13 @@ class Engine:
         stops = request.sampling.stop
         samples = range(request.sampling.n)
         scanners = {sample: self._make_scanner(stops, request.preceding) for sample in samples} if stops else {}
-        self._progress[request.key] = _Progress(request, scanners)
-        self._fresh.add(request.key)
         is_long = self._long_after is not None and len(request.prompt) > self._long_after
-        for sample in samples:
-            self.scheduler.add(Sequence(request, sample, self._num_arrivals, is_long))
-            self._num_arrivals += 1
+        sequences = [Sequence(request, sample, self._num_arrivals + sample, is_long) for sample in samples]
+        self._progress[request.key] = _Progress(request, sequences, scanners)
+        self._fresh.add(request.key)
+        self._num_arrivals += len(sequences)
+        for sequence in sequences:
+            self.scheduler.add(sequence)
 
     def drop_waiting(self, keys: Container[str] | None = None) -> list[str]:
         """Give up the requests, of these or of all, of which no sample has begun; returns their keys."""
@@ -144,7 +146,7 @@ class Engine:
         return batch
 
     def apply(self, result: StepResult) -> list[tuple[str, RequestOutput]]:
-        """Take in a step's tokens; returns the requests that are finished by them."""
+        """Take in a step's tokens; returns the requests that are finished by them, or have failed."""
         chunks = self._in_flight.pop(result.step)
         self.scheduler.returned(chunks)
         self._apply_prompt_logprobs(chunks, result)
@@ -152,6 +154,11 @@ class Engine:
         sampled = [chunk.sequence for chunk in chunks if chunk.samples]
         for row, (sequence, token) in enumerate(zip(sampled, read_int32(result.tokens).tolist(), strict=True)):
             if sequence.is_done:  # it ended with the token before, while this one was on its way
+                continue
+            if token < 0 or sequence.is_unscored:
+                failed = self._stumbled(sequence)
+                if failed is not None:
+                    finished.append((sequence.request.key, failed))
                 continue
             sequence.tokens.append(token)
             if row in result.logprobs:
@@ -167,7 +174,31 @@ class Engine:
         entries = iter(result.prompt_logprobs)
         for chunk in chunks:
             for position in chunk.scored_positions:
-                chunk.sequence.prompt_logprobs[position + 1] = next(entries)
+                entry = next(entries)
+                chunk.sequence.prompt_logprobs[position + 1] = entry
+                chunk.sequence.is_unscored |= not entry
+
+    def _stumbled(self, sequence: Sequence) -> RequestOutput | None:
+        """A sequence's logits are not numbers; the request's output when that is its own fault.
+
+        It may be that of another one whose blocks it has taken over: a token that is no number spoils those before it
+        too, where they are computed together. So the sequence begins again by itself, and fails only if it still does.
+        """
+        request, progress = sequence.request, self._progress[sequence.request.key]
+        if not sequence.is_secluded:
+            progress.sequences[sequence.sample] = self.scheduler.seclude(sequence)
+            return None
+        for one in progress.sequences:
+            self.scheduler.cancel(one)
+        del self._progress[request.key]
+        count = len(sequence.tokens) - sequence.prompt_length
+        where = f"after {count} token(s) of output" if count else "after the prompt"
+        return RequestOutput(
+            prompt_tokens=len(request.prompt),
+            completions=[],
+            failure=f"the model's logits {where} are not numbers (NaN or infinite): a weight that these tokens use is "
+            "broken, or values overflow in this dtype",
+        )
 
     def _ending(self, sequence: Sequence, token: int) -> tuple[str, str | int | None] | None:
         """Why the sequence ends with this token, or None."""

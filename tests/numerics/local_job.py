@@ -39,17 +39,20 @@ def run_job(directory: Path, plan: str, requests: Sequence[Request], *, ranks: i
 
     def lead(world: World) -> Ran:
         controller = Controller(world)
-        open_model(controller, ModelRequest(str(directory), parse_plan(plan), dtype, threads=1))
-        outputs = finish(controller, requests)
-        # The counters have no public way up: a job's messages do not carry them.
-        leader = controller._rank._leader
-        assert leader is not None
-        scheduler = leader._engine.scheduler
-        blocks = scheduler.blocks
-        ran = Ran(outputs, scheduler.num_preemptions, scheduler.num_reused_tokens, blocks.num_free, blocks.num_blocks)
-        controller.close()
-        controller.shutdown(0)
-        return ran
+        try:
+            open_model(controller, ModelRequest(str(directory), parse_plan(plan), dtype, threads=1))
+            outputs = finish(controller, requests)
+            # The counters have no public way up: a job's messages do not carry them.
+            leader = controller._rank._leader
+            assert leader is not None
+            scheduler = leader._engine.scheduler
+            blocks = scheduler.blocks
+            counters = scheduler.num_preemptions, scheduler.num_reused_tokens, blocks.num_free, blocks.num_blocks
+        finally:
+            if controller.is_open:
+                controller.close()
+            controller.shutdown(0)
+        return Ran(outputs, *counters)
 
     def serve(world: World) -> None:
         rank = Rank(world, _refuse)

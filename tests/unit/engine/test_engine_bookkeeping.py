@@ -183,3 +183,65 @@ def test_nothing_runs_ahead_of_a_token_that_counts_against_the_next() -> None:
     first, second = made.next_batch(), made.next_batch()
     assert first is not None and second is not None
     assert (len(read_spans(first)), len(read_spans(second))) == (2, 1)
+
+
+def test_a_sequence_without_numbers_begins_again_by_itself_before_it_fails() -> None:
+    """What it offered is withdrawn, for it may have spoilt it; who had taken that over comes through in the end."""
+    made = engine(max_sequences=2, prefix_cache=True)
+    made.add(request("bad", length=10))
+    made.add(request("good", length=10))
+    first = made.next_batch()  # both begin with the same two blocks, which the second takes over in the same step
+    assert first is not None and read_spans(first)[:, 1].tolist() == [10, 2]
+    assert not made.apply(answer(first, [-1, -1]))
+    again = made.next_batch()
+    assert again is not None and read_spans(again)[:, 1].tolist() == [10, 10], "nothing is taken over"
+    assert not set(read_int32(again.block_tables)[:3].tolist()) & set(read_int32(again.block_tables)[3:].tolist())
+    # The one that begins again last goes first.
+    (key, output), *more = made.apply(answer(again, [5, -1]))
+    assert key == "bad" and not more and not output.completions
+    assert "not numbers" in output.failure and "after the prompt" in output.failure
+    assert drive(made)["good"].completions[0].token_ids == [5] * 4
+    assert made.scheduler.blocks.num_free == 32
+
+
+def test_a_request_fails_with_all_its_samples_running_or_waiting() -> None:
+    made = engine(max_sequences=3)
+    made.add(request("many", n=4, temperature=1.0, seed=1))
+    batch = made.next_batch()
+    assert batch is not None and not made.apply(answer(batch, [5, 5, 5]))
+    batch = made.next_batch()
+    assert batch is not None and not made.apply(answer(batch, [5, -1, 5]))
+    batch = made.next_batch()
+    assert batch is not None
+    rows = len(batch.samples.rows) // 4
+    tokens = read_spans(batch)[:, 1].tolist()
+    (key, output), *more = made.apply(answer(batch, [-1 if count > 1 else 5 for count in tokens][:rows]))
+    assert (key, more) == ("many", []) and "after 1 token(s) of output" in output.failure
+    assert not made.has_work and made.scheduler.blocks.num_free == 32
+
+
+def test_a_prompt_with_a_position_that_cannot_be_scored_fails() -> None:
+    made = engine(max_batch_tokens=4)
+    made.add(request("scored", length=7, prompt_logprobs=0))
+    outputs: dict[str, RequestOutput] = {}
+    while made.has_work:
+        batch = made.next_batch()
+        assert batch is not None
+        result = answer(batch, [5] * (len(batch.samples.rows) // 4))
+        if read_spans(batch)[0, 2] == 4:  # the first chunk, whose last token is no sample
+            result.prompt_logprobs[1] = []
+        outputs.update(made.apply(result))
+    assert "not numbers" in outputs["scored"].failure
+
+
+def test_what_runs_ahead_of_a_failure_counts_for_nothing() -> None:
+    made = engine(ahead=1)
+    made.add(request("bad", temperature=1.0, seed=1))
+    first, second = made.next_batch(), made.next_batch()
+    assert first is not None and second is not None
+    assert not made.apply(answer(first, [-1]))
+    third = made.next_batch()
+    assert third is not None and read_spans(third)[:, 1].tolist() == [3]
+    assert not made.apply(answer(second, [-1]))
+    assert not made.apply(answer(third, [5]))
+    assert drive(made)["bad"].completions[0].token_ids == [5] * 4
