@@ -160,5 +160,5 @@ def test_steps_that_run_ahead() -> None:
         assert found["3"].failure
 
 
-def _no_stops(stops: tuple[str, ...]) -> Scanner:
+def _no_stops(stops: tuple[str, ...], preceding: object) -> Scanner:
     raise AssertionError(stops)

@@ -37,7 +37,7 @@ def without_logprobs(outputs: dict[str, RequestOutput]) -> dict[str, list[tuple[
 class Stops:
     """Ends a text where a token is divisible by the number that the stop string is."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], preceding: Sequence[int]) -> None:
         self.found: str | None = None
         self._stop = stops[0]
 
