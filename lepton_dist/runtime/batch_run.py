@@ -207,8 +207,8 @@ class BatchRun:
         for key, output in self._controller.advance():
             row, params = self._running.pop(key)
             if output.failure:
-                failed = self.formatter.failed(row, "server_error", output.failure)
-                self.journal.append(failed, key=key, is_error=True)
+                failed = self._formatter.failed(row, "server_error", output.failure)
+                self._writer.append(failed, key=key, is_error=True)
                 continue
             self._tokens += sum(len(completion.token_ids) for completion in output.completions)
             self._writer.append(self._formatter.finished(row, params, output), key=key, is_error=False)

@@ -39,7 +39,7 @@ class Stops:
 
     def __init__(self, stops: Sequence[str], preceding: Sequence[int]) -> None:
         self.found: str | None = None
-        self._stop = stops[0]
+        self._stop, self.cut = stops[0], 0
 
     def push(self, token_id: int) -> bool:
         self.found = self._stop if token_id % int(self._stop) == 0 else None
