@@ -21,7 +21,7 @@ HOUSE = Path(__file__).parents[1] / PACKAGE
 FLOORS = (
     {"errors"},
     {"files"},  # on the ground floor with errors, as documents, which reads through it
-    {"documents", "values"},
+    {"documents", "values", "checkpoint_files"},
     {"plan", "config", "telemetry"},
     {"kernels", "comm"},
     {"storage", "model", "text"},

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lepton_dist.checkpoint_files import read_json_object
 from lepton_dist.errors import CheckpointError
 
 
@@ -33,15 +33,7 @@ class ConfigFields:
     @staticmethod
     def read_file(path: Path) -> ConfigFields:
         """Read any JSON file that holds a mapping."""
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-        except ValueError as error:
-            raise CheckpointError(f"{path}: is not valid JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{path}: must hold a mapping, not {type(values).__name__}")
-        return ConfigFields(path, values)
+        return ConfigFields(path, read_json_object(path))
 
     def error(self, key: str, message: str) -> CheckpointError:
         """The error to raise for a bad value."""

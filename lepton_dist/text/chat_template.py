@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lepton_dist.checkpoint_files import read_checkpoint_text, read_json_object
 from lepton_dist.errors import CheckpointError, RequestError
 from lepton_dist.text.messages import messages_for_template
 
@@ -147,27 +148,12 @@ def find_template_sources(model_dir: Path, tokenizer_config: Mapping[str, Any]) 
     single = model_dir / "chat_template.jinja"
     if single.is_file():
         named = sorted((model_dir / "additional_chat_templates").glob("*.jinja"))
-        return {"default": _read_text(single), **{path.stem: _read_text(path) for path in named}}
+        return {"default": read_checkpoint_text(single), **{path.stem: read_checkpoint_text(path) for path in named}}
     wrapped = model_dir / "chat_template.json"
     if wrapped.is_file():
         content = read_json_object(wrapped)
         return _named_sources(content.get("chat_template"), wrapped)
     return _named_sources(tokenizer_config.get("chat_template"), model_dir / "tokenizer_config.json")
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a checkpoint's file.
-
-    Raises:
-        CheckpointError: it cannot be read, is not JSON, or is not an object.
-    """
-    try:
-        content = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, not {type(content).__name__}")
-    return content
 
 
 def _named_sources(value: Any, path: Path) -> dict[str, str]:
@@ -176,16 +162,8 @@ def _named_sources(value: Any, path: Path) -> dict[str, str]:
     if isinstance(value, str):
         return {"default": value}
     if isinstance(value, list):
-        value = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        pairs = [(item.get("name"), item.get("template")) for item in value if isinstance(item, dict)]
+        value = dict(pairs) if all(isinstance(name, str) for name, _ in pairs) else None
     if isinstance(value, dict) and all(isinstance(part, str) for pair in value.items() for part in pair):
         return dict(value)
     raise CheckpointError(f"{path}: chat_template must be a string, or named strings")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None

@@ -1,7 +1,8 @@
 """How a tokenizer's decoder turns tokens into text, in a form that can be followed one token at a time.
 
-Two kinds cover today's language models: byte-level BPE, where every token is a string of bytes, and SentencePiece's,
-where tokens are text with a mark for the space, and single bytes (``<0xE4>``) where the vocabulary lacks a character.
+Three kinds cover today's language models. In byte-level BPE every token is a string of bytes. SentencePiece's tokens
+are text with a mark for the space, and single bytes (``<0xE4>``) where the vocabulary lacks a character. Of word pieces
+a mark says that a token continues a word.
 """
 
 from __future__ import annotations
@@ -14,6 +15,20 @@ from typing import Any
 
 from lepton_dist.errors import CheckpointError
 
+# As the tokenizers library does it in the decoder of word pieces.
+_TIDIED = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" do not", " don't"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -29,6 +44,8 @@ class Decoding:
         has_byte_fallback: ``<0xE4>`` is the byte E4.
         stripped: a character, at most `stripped_count` of which are taken off the start of the whole text.
         joiner: what stands between tokens.
+        continuing_mark: at the start of a token it stands for nothing between this one and the one before, or "".
+        is_tidied: the space before punctuation and the like is taken out of each token, as of English text.
     """
 
     is_byte_level: bool = False
@@ -39,6 +56,8 @@ class Decoding:
     stripped: str = ""
     stripped_count: int = 0
     joiner: str = ""
+    continuing_mark: str = ""
+    is_tidied: bool = False
 
     def piece(self, token: str, is_first: bool) -> str:
         """A token's text, in a decoding by text."""
@@ -46,7 +65,13 @@ class Decoding:
             token = token.replace(old, new)
         if self.space_mark:
             token = token.replace(self.space_mark, "" if is_first and self.is_first_mark_dropped else " ")
-        return token if is_first else self.joiner + token
+        if not is_first:
+            is_continuing = self.continuing_mark and token.startswith(self.continuing_mark)
+            token = token.removeprefix(self.continuing_mark) if is_continuing else self.joiner + token
+        if self.is_tidied:
+            for old, new in _TIDIED:
+                token = token.replace(old, new)
+        return token
 
     def holds_start(self, token: str) -> bool:
         """Whether what follows this token is the same whatever precedes it, in a decoding by text.
@@ -103,6 +128,8 @@ def decoding_of(decoder: Any) -> Decoding:
     kinds = [step["type"] for step in steps]
     if kinds and kinds[0] == "ByteLevel" and set(kinds[1:]) <= {"Fuse"}:
         return Decoding(is_byte_level=True)
+    if kinds == ["WordPiece"]:
+        return Decoding(joiner=" ", continuing_mark=steps[0]["prefix"], is_tidied=bool(steps[0]["cleanup"]))
     if not re.fullmatch(r"(Replace )*(Metaspace )?(ByteFallback )?(Fuse )?(Strip )?", "".join(k + " " for k in kinds)):
         raise _unknown(" then ".join(kinds))
     if "Strip" in kinds and "Fuse" not in kinds:
@@ -133,6 +160,6 @@ def _flattened(step: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _unknown(what: str) -> CheckpointError:
     return CheckpointError(
-        f"tokenizer.json: its decoder ({what}) cannot be followed token by token; known are ByteLevel, "
+        f"tokenizer.json: its decoder ({what}) cannot be followed token by token; known are ByteLevel, WordPiece, "
         "and Replace, Metaspace, ByteFallback, Fuse, Strip in this order"
     )

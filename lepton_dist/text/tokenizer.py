@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import datetime
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lepton_dist.checkpoint_files import read_json_object
 from lepton_dist.config.sampling import is_encodable
-from lepton_dist.errors import CheckpointError, RequestError
-from lepton_dist.text.chat_template import DATE_FUNCTION, ChatTemplate, find_template_sources, read_json_object
+from lepton_dist.errors import RequestError
+from lepton_dist.text.chat_template import DATE_FUNCTION, ChatTemplate, find_template_sources
 from lepton_dist.text.pieces import Decoding, decoding_of
+from lepton_dist.text.tokenizer_files import load_tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
@@ -29,6 +30,7 @@ class Tokenizer:
     Attributes:
         bos_token, eos_token: the text of these tokens where the checkpoint names them.
         bos_token_id, eos_token_id: their ids.
+        notice: what the user should know of how the files were read; often empty.
     """
 
     def __init__(
@@ -43,29 +45,22 @@ class Tokenizer:
         self._templates: dict[str, ChatTemplate] = {}
         self._special_texts = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
         self._decoding: Decoding | None = None
+        self.notice = ""
 
     @classmethod
     def load(cls, model_dir: str | Path) -> Tokenizer:
-        """Read ``tokenizer.json``, and beside it the special tokens' names and the chat template where there are any.
+        """Read ``tokenizer.json``, and what the files beside it say of its tokens and the chat template.
 
         Raises:
             CheckpointError: a file is absent or cannot be understood; names it.
         """
-        import tokenizers
-
         directory = Path(model_dir)
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(f"{path}: is absent; text needs the checkpoint's tokenizer in this form")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception for whatever it finds in the file
-            raise CheckpointError(f"{path}: is not a tokenizer that can be read: {error}") from None
-        config_path, map_path = directory / "tokenizer_config.json", directory / "special_tokens_map.json"
+        loaded = load_tokenizer(directory)
+        config_path = directory / "tokenizer_config.json"
         config = read_json_object(config_path) if config_path.is_file() else {}
-        named = read_json_object(map_path) if map_path.is_file() else {}
-        special_tokens = {**_special_tokens(named), **_special_tokens(config)}
-        return cls(backend, special_tokens, find_template_sources(directory, config))
+        tokenizer = cls(loaded.backend, loaded.special_tokens, find_template_sources(directory, config))
+        tokenizer.notice = loaded.notice
+        return tokenizer
 
     @property
     def bos_token(self) -> str | None:
@@ -208,13 +203,3 @@ class Tokenizer:
     def _id_of(self, token: str) -> int | None:
         token_id: int | None = self._backend.token_to_id(token)
         return token_id
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Named special tokens, each given as a string or as an object with ``content``."""
-    found: dict[str, str] = {}
-    for name, value in config.items():
-        content = value.get("content") if isinstance(value, dict) else value
-        if re.fullmatch(r"[a-z]+_token", name) and isinstance(content, str):
-            found[name] = content
-    return found

@@ -119,12 +119,12 @@ def test_files_that_are_wrong(tmp_path: Path) -> None:
         read_model(tmp_path / "absent")
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be read: No such file"):
         read_model(tmp_path)
-    for text, words in (("{", "is not valid JSON"), ("[]", "must hold a mapping, not list")):
+    for text, words in (("{", "is not valid JSON"), ("[]", "must hold a JSON object, not list")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=words):
             read_model(tmp_path)
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(CheckpointError, match="is not valid JSON"):
+    with pytest.raises(CheckpointError, match="is not UTF-8 text"):
         read_model(tmp_path)
 
 

@@ -16,6 +16,7 @@ CORPUS = [
     "Grüße aus Köln; naïve café; ¿qué tal?",
     "世界你好，こんにちは 😀 family 👨‍👩‍👧 done",
 ] * 3
+WORDS = ["the", "cat", "again", "and", "un", "do", "not"]
 SPECIAL = [AddedToken("<s>", special=True), AddedToken("</s>", special=True)]
 
 
@@ -77,12 +78,33 @@ def words() -> tokenizers.Tokenizer:
     return backend
 
 
+def word_pieces() -> tokenizers.Tokenizer:
+    vocab = [
+        "[UNK]",
+        "<s>",
+        "</s>",
+        *WORDS,
+        "##un",
+        "##able",
+        *"abcdefghijklmnopqrstuvwxyz.,!?'",
+        *(f"##{c}" for c in "abxyz.,!"),
+    ]
+    backend = tokenizers.Tokenizer(
+        models.WordPiece({token: place for place, token in enumerate(vocab)}, unk_token="[UNK]")
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.add_special_tokens(SPECIAL)
+    return backend
+
+
 BACKENDS: dict[str, Callable[[], tokenizers.Tokenizer]] = {
     "byte_level": byte_level,
     "sentence_piece": sentence_piece,
     "sentence_piece_unstripped": lambda: sentence_piece(strips=False),
     "metaspace": metaspace,
     "words": words,
+    "word_pieces": word_pieces,
 }
 
 

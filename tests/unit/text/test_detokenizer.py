@@ -15,7 +15,7 @@ from lepton_dist.text.detokenizer import IncrementalDetokenizer, StopScanner, fi
 from lepton_dist.text.pieces import decoding_of
 from lepton_dist.text.tokenizer import Tokenizer
 
-KINDS = ["byte_level", "sentence_piece", "sentence_piece_unstripped", "metaspace", "words"]
+KINDS = ["byte_level", "sentence_piece", "sentence_piece_unstripped", "metaspace", "words", "word_pieces"]
 TEXTS = st.text(alphabet=st.sampled_from("ab de,.é世界😀\u200d👩\n ▁"), max_size=12)
 FAST = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 REPLACEMENT = "\ufffd"
