@@ -6,10 +6,12 @@ On the ground floor, beside `errors`: the rooms that know the weights, the model
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from lepton_dist.errors import CheckpointError
+from lepton_dist.files import open_regular
 
 _MAX_BYTES = 512 << 20
 
@@ -21,10 +23,11 @@ def read_checkpoint_bytes(path: Path) -> bytes:
         CheckpointError: it is absent, cannot be read, or is far larger than such a file can be.
     """
     try:
-        size = path.stat().st_size
-        if size > _MAX_BYTES:
-            raise CheckpointError(f"{path}: has {size} bytes; a file of this kind has {_MAX_BYTES} at most")
-        return path.read_bytes()
+        with open_regular(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size > _MAX_BYTES:
+                raise CheckpointError(f"{path}: has {size} bytes; a file of this kind has {_MAX_BYTES} at most")
+            return stream.read()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 

@@ -93,7 +93,12 @@ def _was_complete(journal: Journal) -> int:
 
 def _tokenizer(model: str) -> Tokenizer | None:
     """The model's tokenizer; None where it has none, which matters only to rows of text."""
-    return Tokenizer.load(model) if (Path(model) / "tokenizer.json").is_file() else None
+    if not (Path(model) / "tokenizer.json").is_file():
+        return None
+    tokenizer = Tokenizer.load(model)
+    if tokenizer.notice:
+        notice(tokenizer.notice)
+    return tokenizer
 
 
 def _sampling_identity(config: GenerateConfig, checkpoint: dict[str, Any]) -> str:

@@ -21,6 +21,17 @@ from lepton_dist.text.request_fields import chat_request, completion_request, na
 from lepton_dist.text.rows import BadRow, Dialect, PromptRow, key_of_id, key_of_line
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# What files begin with that are no lines of UTF-8, and what to do about them.
+_OTHER_KINDS = (
+    (b"\x1f\x8b", "gzip", "unpack it first (gunzip)"),
+    (b"\x28\xb5\x2f\xfd", "zstd", "unpack it first (unzstd)"),
+    (b"\xfd7zXZ\0", "xz", "unpack it first (unxz)"),
+    (b"BZh", "bzip2", "unpack it first (bunzip2)"),
+    (b"PK\x03\x04", "zip", "unpack it first (unzip)"),
+    (b"PAR1", "Parquet", "write its rows as JSON Lines first"),
+    (b"\xff\xfe", "UTF-16", "save it as UTF-8"),
+    (b"\xfe\xff", "UTF-16", "save it as UTF-8"),
+)
 # Whole numbers beyond this are no ids, and Python is slow to print them.
 _ID_LIMIT = 10**30
 _BATCH_MARKS = ("custom_id", "body", "url")
@@ -34,12 +45,19 @@ def open_input(path: str | Path) -> BufferedReader:
     """Open an input file for `read_rows`.
 
     Raises:
-        UsageError: it is absent, no regular file (a pipe can be read only once), or cannot be read.
+        UsageError: it is absent, no regular file (a pipe can be read only once), cannot be read, or is compressed or
+            of another kind than UTF-8 text.
     """
     try:
-        return open_regular(path)
+        stream = open_regular(path)
+        start = stream.peek(8)
     except OSError as error:
         raise UsageError(f"{path}: the input cannot be read: {error.strerror}") from None
+    for mark, kind, advice in _OTHER_KINDS:
+        if start.startswith(mark):
+            stream.close()
+            raise UsageError(f"{path}: the input looks like {kind}, but rows are lines of UTF-8 text: {advice}")
+    return stream
 
 
 def is_text_path(path: str | Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import math
@@ -295,6 +296,11 @@ def test_datasets_refuse_what_they_cannot_hold(tmp_path: Path) -> None:
         load_dataset(tmp_path / "absent.jsonl")
     with pytest.raises(UsageError, match="Is a directory"):
         open_input(tmp_path)
+    packed = tmp_path / "packed.jsonl"
+    for start, kind in ((gzip.compress(b"{}"), "gzip"), ("{}".encode("utf-16"), "UTF-16"), (b"PAR1....", "Parquet")):
+        packed.write_bytes(start)
+        with pytest.raises(UsageError, match=f"packed.jsonl: the input looks like {kind}"):
+            load_dataset(packed)
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt":"x"}\n' + '{"prompt":""}\n' * 7)
     with pytest.raises(RequestError, match=r"p\.jsonl:2: prompt is empty.*and 2 more"):
