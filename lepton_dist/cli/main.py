@@ -12,11 +12,13 @@ from io import StringIO
 
 from lepton_dist.cli.imports import lasting_imports
 from lepton_dist.comm.launcher import read_launcher
+from lepton_dist.comm.shared_memory import shortage
 from lepton_dist.errors import EXIT_DONE, EXIT_USAGE, LeptonError, UsageError
 from lepton_dist.runtime.guardian import Guardian, start_guardian
+from lepton_dist.runtime.heartbeat import heartbeat
 from lepton_dist.runtime.interrupts import leave_on_interrupts
 from lepton_dist.telemetry.streams import drop_stdout, secure_standard_streams
-from lepton_dist.telemetry.voice import report
+from lepton_dist.telemetry.voice import notice, report
 
 COMMANDS = {
     "generate": "complete a file of prompts; resumable",
@@ -34,10 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     secure_standard_streams()
     launcher = read_launcher()
     leave_on_interrupts(is_quiet=launcher.rank != 0, by_signal=launcher.kind == "mpich" and launcher.size > 1)
+    if problem := shortage(launcher):
+        # Long before MPI starts: a rank that dies in there takes with it what the others have not said yet.
+        notice(problem)
     # Before anything heavy is imported: from here on a rank that is stopped does not go unseen.
     guardian: Guardian | None = None
     if launcher.kind != "none":
         guardian = start_guardian(launcher.rank, world_size=launcher.size, host=socket.gethostname())
+        heartbeat().attach(guardian)
     with ExitStack() as quiet:
         if launcher.rank != 0:
             # Every rank meets the same usage error; rank 0 says so.
@@ -62,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_DONE
     finally:
         if guardian is not None:
+            heartbeat().attach(None)
             guardian.close()
 
 

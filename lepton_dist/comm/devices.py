@@ -55,7 +55,7 @@ def gpu_id(uuid: str) -> GpuId:
     Raises:
         ValueError: it has not 32 hexadecimal digits.
     """
-    digits = uuid.split("/")[0].removeprefix("GPU-").removeprefix("MIG-").replace("-", "")
+    digits = uuid.split("/")[0].removeprefix("MIG-").removeprefix("GPU-").replace("-", "")
     if len(digits) != 32:
         raise ValueError(f"{uuid!r} is no UUID of a GPU: 32 hexadecimal digits are wanted, these are {len(digits)}")
     data = bytes.fromhex(digits)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from lepton_dist.config.machine import cpu_quota
+from lepton_dist.config.control_groups import cpu_quota
 
 Kind = Literal["none", "mpich", "openmpi", "slurm", "pmix"]
 

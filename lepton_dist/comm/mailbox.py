@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from lepton_dist.comm.patience import Patience
 from lepton_dist.comm.transport import Post
 from lepton_dist.comm.wait import wait_until
@@ -15,6 +17,7 @@ class Mailbox:
         self._size = size
         self._post = post
         self._patience = patience
+        self._early: deque[tuple[int, bytes]] = deque()  # what came in while `flush` waited
 
     def send(self, to: int, payload: bytes) -> None:
         """Start sending `payload` to world rank `to`, which may be this one. Later polls drive it on.
@@ -28,16 +31,22 @@ class Mailbox:
 
     def poll(self) -> tuple[int, bytes] | None:
         """The next message as (sender's world rank, payload), or None when there is none now."""
-        return self._post.poll()
+        return self._early.popleft() if self._early else self._post.poll()
 
     def flush(self) -> None:
-        """Return when every message sent so far has left this rank.
+        """Return when every message sent so far has left this rank. What comes in meanwhile is kept for `poll`.
 
         Raises:
             RankLostError: the deadline has passed, because a receiver takes no messages.
         """
         wait_until(
-            lambda: not self._post.has_unsent(),
+            self._is_flushed,
             self._patience,
             lambda: f"the sends of mailbox {self.name!r} to complete",
         )
+
+    def _is_flushed(self) -> bool:
+        # A large message moves only while its receiver takes it: two ranks that flush to each other must both do so.
+        while (message := self._post.poll()) is not None:
+            self._early.append(message)
+        return not self._post.has_unsent()

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from lepton_dist.comm.launcher import is_rationed
 from lepton_dist.comm.patience import Patience
 from lepton_dist.errors import RankLostError
+from lepton_dist.telemetry.stopwatch import Stopwatch
 
 SPINS = 50
 GRACE_S, RATIONED_GRACE_S = 0.005, 0.0005
@@ -58,13 +59,13 @@ def wait_until(
     for _ in range(1 if is_polite else SPINS):
         if ready():
             return
-    start = time.perf_counter()
+    stopwatch = Stopwatch()  # not the clock: a job that was suspended goes on
     seconds, phase = patience.seconds, patience.phase
     grace_s = 0.0 if is_polite else min(grace_s, RATIONED_GRACE_S) if is_rationed() else grace_s
     while True:
         if ready():
             return
-        waited = time.perf_counter() - start
+        waited = stopwatch.look()
         if waited < grace_s:
             os.sched_yield()
             continue

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import psutil
+
+from lepton_dist.config.control_groups import cpu_quota, memory_left
 
 MASK_WORDS = 32  # 64-bit words of an affinity mask that ranks exchange: 2,048 cores
 
@@ -40,40 +40,9 @@ def fair_threads(masks: Sequence[Sequence[int]], mine: int) -> int:
     return max(1, min(round(share), int(min(cpu_quota(), 1 << 30))))
 
 
-def cpu_quota(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> float:
-    """The cores' worth of time that this process's control groups leave to all that is in them; infinite without one.
-
-    A quota of a group holds for those inside of it too. In a container the group's own folder may be what is mounted.
-    """
-    found = [math.inf]
-    for line in _lines(groups):
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        for root in (mounted, mounted / "cpu", mounted / "unified"):
-            inside = root / path.strip("/")
-            found += [_quota(folder) for folder in (inside, *inside.parents) if folder.is_relative_to(root)]
-    return min(found)
-
-
-def _quota(folder: Path) -> float:
-    """Of one control group, of version 2 or 1."""
-    words = _words(folder / "cpu.max")
-    words = words or _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us")
-    is_limited = len(words) == 2 and all(word.isdigit() for word in words)
-    return int(words[0]) / int(words[1]) if is_limited else math.inf
-
-
 def available_bytes(ranks_on_node: int) -> int:
-    """Memory that this rank may use: its share of what is free on the node, within the cgroup's and SLURM's limits."""
-    free = psutil.virtual_memory().available
-    for limit_path, used_path in (
-        (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-        (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
-    ):
-        limit, used = _words(limit_path), _words(used_path)
-        if limit and used and limit[0].isdigit() and used[0].isdigit():
-            free = min(free, max(0, int(limit[0]) - int(used[0])))
+    """Memory that this rank may use: its share of the node's free memory, within control groups and SLURM's limits."""
+    free = int(min(psutil.virtual_memory().available, memory_left()))
     per_node = os.environ.get("SLURM_MEM_PER_NODE", "")
     if per_node.isdigit() and int(per_node) > 0:
         free = min(free, int(per_node) << 20)
@@ -83,14 +52,3 @@ def available_bytes(ranks_on_node: int) -> int:
     if per_cpu.isdigit() and int(per_cpu) > 0 and cpus.isdigit():
         share = min(share, (int(per_cpu) << 20) * int(cpus))
     return share
-
-
-def _words(path: Path) -> list[str]:
-    return " ".join(_lines(path)).split()
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []

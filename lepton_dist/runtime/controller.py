@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -44,6 +43,7 @@ from lepton_dist.runtime.rank import CLOSE_TIMEOUT_S, Rank
 from lepton_dist.runtime.recorder import Recorder
 from lepton_dist.runtime.soundness import Soundness
 from lepton_dist.runtime.watchdog import Watchdog
+from lepton_dist.telemetry.stopwatch import Stopwatch
 from lepton_dist.text.completion import RequestOutput
 
 
@@ -265,13 +265,13 @@ class Controller:
         return self._recorder
 
     def _wait(self, missing: Callable[[], set[int]], timeout_s: float, phase: str) -> None:
-        end = time.monotonic() + timeout_s
+        stopwatch = Stopwatch()
         while ranks := missing():
             if self._rank.advance():
                 self._backoff.busy()
             else:
                 self._backoff.idle()
-            if time.monotonic() > end:
+            if stopwatch.look() > timeout_s:
                 names = ", ".join(f"rank {rank} on {self.world.hosts[rank]}" for rank in sorted(ranks))
                 raise RankLostError(f"while {phase}: no word within {timeout_s:g} s from {names}")
 

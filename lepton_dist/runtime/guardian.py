@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import sys
+import time
 
 TYPE_CHECKING = False  # what type checkers take for true; importing it from typing would double this process's start
 if TYPE_CHECKING:
@@ -90,10 +91,18 @@ def launchers_of(rank: Process, *, is_parallel: bool) -> tuple[Process, ...]:
 def watch(rank: Process, launchers: tuple[Process, ...], label: str, pipe: int) -> None:
     """Watch a rank until it ends, or end it. `pipe` reaches its end of file as soon as the rank is gone."""
     polls = round(STOPPED_S / POLL_S)
-    stopped = 0
+    stopped = silent = 0
+    allowed_s = 0.0  # silence that the rank has announced; 0 is any
     poller = select.poll()
     poller.register(pipe, select.POLLIN)
-    while not poller.poll(POLL_S * 1000):
+    while True:
+        if poller.poll(POLL_S * 1000):
+            beats = os.read(pipe, 4096)
+            if not beats:
+                return
+            allowed_s, silent = last_beat(beats, allowed_s), 0
+            continue
+        silent += 1
         now = same_process(rank)
         if now is None:
             return
@@ -107,18 +116,36 @@ def watch(rank: Process, launchers: tuple[Process, ...], label: str, pipe: int) 
         if stopped >= polls:
             end(rank, f"lepton-dist: {label} has been stopped for {STOPPED_S:.0f} s; killing it")
             return
+        if now.state == "T" or is_suspended:
+            silent = 0
+        elif allowed_s and silent * POLL_S >= allowed_s:
+            # Aborted, it still writes where its threads were: that needs no interpreter.
+            end(rank, f"lepton-dist: {label} gave no sign of life for {allowed_s:g} s; ending it", by=signal.SIGABRT)
+            time.sleep(POLL_S)
+            end(rank, "")
+            return
 
 
-def end(rank: Process, message: str) -> None:
-    """Say why on stderr, if anyone still reads it, and kill the rank."""
+def last_beat(beats: bytes, before: float) -> float:
+    """The seconds of silence that the last whole beat allows; `before` where there is none. A beat is a line."""
+    for word in reversed(beats.split()):
+        try:
+            return float(word)
+        except ValueError:
+            continue
+    return before
+
+
+def end(rank: Process, message: str, by: int = signal.SIGKILL) -> None:
+    """Say why on stderr, if anyone still reads it, and end the rank by a signal."""
     poller = select.poll()
     poller.register(2, select.POLLOUT)
     # A full pipe that nobody empties must not keep the guardian from its work.
-    if any(event & select.POLLOUT and not event & select.POLLERR for _, event in poller.poll(0)):
+    if message and any(event & select.POLLOUT and not event & select.POLLERR for _, event in poller.poll(0)):
         os.write(2, f"{message}\n".encode())
     if same_process(rank) is not None:
         try:
-            os.kill(rank.pid, signal.SIGKILL)
+            os.kill(rank.pid, by)
         except ProcessLookupError:
             return  # it went by itself in between: just as well
 
@@ -139,6 +166,13 @@ class Guardian:
     def __init__(self, pid: int, pipe: IO[bytes]) -> None:
         self.pid = pid
         self._pipe = pipe
+
+    def beat(self, silence_s: float) -> None:
+        """Say that the rank's interpreter runs, and for how many seconds it may be silent from now; 0 is any time."""
+        try:
+            os.write(self._pipe.fileno(), b"%.1f\n" % silence_s)
+        except (OSError, ValueError):
+            return  # it has gone, was sent away, or is stopped and has not read the last ones
 
     def close(self) -> None:
         """Send the guardian away while its rank lives on. Closing twice does nothing."""
@@ -173,6 +207,7 @@ def start_guardian(rank: int, *, world_size: int, host: str) -> Guardian:
         cwd="/",
     )
     assert process.stdin is not None
+    os.set_blocking(process.stdin.fileno(), False)
     process.returncode = 0  # it is not waited for: without this Popen complains at the rank's exit
     return Guardian(process.pid, process.stdin)
 

@@ -20,6 +20,7 @@ from lepton_dist.errors import (
     UsageError,
 )
 from lepton_dist.runtime.controller import Controller
+from lepton_dist.runtime.heartbeat import heartbeat
 from lepton_dist.runtime.interrupts import Interrupts, ignore_interrupts
 from lepton_dist.runtime.messages import Message
 from lepton_dist.runtime.rank import Rank
@@ -37,7 +38,8 @@ def run(program: Program) -> int:
     """
     launcher = read_launcher()
     # Before MPI starts, which waits for all ranks without a deadline of its own.
-    with Watchdog(f"rank {launcher.rank} on host {socket.gethostname()}", START_TIMEOUT_S) as watchdog:
+    label = f"rank {launcher.rank} on host {socket.gethostname()}"
+    with Watchdog(label, START_TIMEOUT_S, beat=heartbeat().beat) as watchdog:
         try:
             world = open_world(launcher=launcher)
         except LaunchError as error:

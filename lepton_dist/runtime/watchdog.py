@@ -1,8 +1,9 @@
 """The watchdog: ends this rank, with its stacks on stderr, when it makes no progress before a deadline.
 
 The main thread may be stuck inside an MPI call, where no signal handler and no exception reaches it. So a thread of its
-own, which never touches MPI, watches the clock; and behind it stands faulthandler's thread in C, for the case that the
-interpreter's lock is held for ever.
+own, which never touches MPI, watches the clock. For the case that the interpreter's lock is held for ever, in which no
+thread of Python runs, it sends a beat to the rank's guardian (`guardian.py`), which ends a rank that has gone silent.
+Time in which the process was stopped, as SLURM does to jobs that it suspends, does not count.
 """
 
 from __future__ import annotations
@@ -11,51 +12,60 @@ import faulthandler
 import os
 import sys
 import threading
-import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 from lepton_dist.errors import EXIT_FAILED
+from lepton_dist.telemetry.stopwatch import Stopwatch
 
-REARM_S = 1.0
-"""The C thread is armed anew at most this often, in seconds: that costs a thread start."""
+TICK_S = 1.0
+"""The thread looks at the clock at least this often, in seconds."""
 
-MARGIN_S = 2.0
-"""How much later than the Python thread the C thread fires, in seconds."""
+SILENCE_S = 60.0
+"""How much later than this thread the guardian ends a rank from which it hears nothing, in seconds."""
 
 
 class Watchdog:
     """Ends the process with exit code 70 unless it is fed before each deadline. One a process.
 
     `label` names the rank in the message, such as ``rank 3 on host n7 (pid 4711)``. Use it as a context manager, or
-    call `disarm`. It writes to the file descriptor `stream`, by default stderr's.
+    call `disarm`. It writes to the file descriptor `stream`, by default stderr's. `beat` is told at every tick how many
+    seconds of silence may follow.
     """
 
-    def __init__(self, label: str, timeout_s: float, *, phase: str = "starting", stream: int = 2) -> None:
+    def __init__(
+        self,
+        label: str,
+        timeout_s: float,
+        *,
+        phase: str = "starting",
+        stream: int = 2,
+        beat: Callable[[float], object] | None = None,
+    ) -> None:
         self._label, self._timeout_s, self._phase, self._stream = label, timeout_s, phase, stream
-        self._fed_s = self._armed_s = time.monotonic()
+        self._beat = beat
+        self._num_fed = 0
         self._disarmed = threading.Event()
+        if beat is not None:
+            faulthandler.enable(stream)  # a rank that its guardian ends by a signal says where it was
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._arm(self._fed_s)
         self._thread.start()
 
     def feed(self, *, timeout_s: float | None = None, phase: str | None = None) -> None:
         """Report progress. With another timeout (in seconds) or phase, the next deadline is that one's. Cheap."""
-        now = time.monotonic()
-        is_longer = timeout_s is not None and timeout_s > self._timeout_s
         if timeout_s is not None:
             self._timeout_s = timeout_s
         if phase is not None:
             self._phase = phase
-        self._fed_s = now
-        if is_longer or now - self._armed_s >= REARM_S:
-            self._arm(now)
+        self._num_fed += 1
 
     def disarm(self) -> None:
         """Stop watching, for good."""
         self._disarmed.set()
         self._thread.join()
-        faulthandler.cancel_dump_traceback_later()
+        if self._beat is not None:
+            self._beat(0.0)
 
     def __enter__(self) -> Self:
         return self
@@ -65,18 +75,18 @@ class Watchdog:
     ) -> None:
         self.disarm()
 
-    def _arm(self, now: float) -> None:
-        self._armed_s = now
-        # Armed up to REARM_S ago when fed: the sum keeps it behind the Python thread's deadline.
-        faulthandler.dump_traceback_later(self._timeout_s + REARM_S + MARGIN_S, exit=True, file=self._stream)
-
     def _watch(self) -> None:
+        hungry, seen = Stopwatch(), self._num_fed
         while True:
-            # At most a second at a time: a shorter timeout may have been set meanwhile.
-            wait_s = min(self._fed_s + self._timeout_s - time.monotonic(), 1.0)
-            if self._disarmed.wait(max(wait_s, 0.0)):
+            if self._beat is not None:
+                self._beat(self._timeout_s + SILENCE_S)
+            # At most a tick at a time: a shorter timeout may have been set meanwhile.
+            if self._disarmed.wait(min(max(self._timeout_s - hungry.look(), 0.0), TICK_S)):
                 return
-            if time.monotonic() >= self._fed_s + self._timeout_s:
+            if seen != self._num_fed:
+                seen = self._num_fed
+                hungry.restart()
+            elif hungry.look() >= self._timeout_s:
                 self._bite()
 
     def _bite(self) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lepton_dist.errors import OutputError
 from lepton_dist.storage.output_files import lock_path
+from lepton_dist.telemetry.stopwatch import Stopwatch
 
 _POLL_S = 0.05
 # What a file system answers that has no such locks (Lustre without its flock option, some NFS).
@@ -43,7 +44,7 @@ class OutputLock:
             OSError: the lock file cannot be written.
         """
         path = lock_path(output)
-        deadline = time.monotonic() + wait_s
+        stopwatch = Stopwatch()
         while True:
             descriptor = _opened(path, output)
             try:
@@ -55,7 +56,7 @@ class OutputLock:
                 os.close(descriptor)
                 raise
             os.close(descriptor)
-            if time.monotonic() >= deadline:
+            if stopwatch.look() >= wait_s:
                 raise OutputError(
                     f"{output}: another run is writing this output (process {holder}), still after {wait_s:g} s; "
                     "wait for it, or end it, or choose another output"

@@ -130,6 +130,21 @@ def test_a_mailbox_keeps_the_order_of_each_sender(world: World) -> None:
     mailbox.flush()
 
 
+def test_ranks_that_flush_to_each_other_do_not_wait_for_ever(world: World) -> None:
+    mailbox = world.mailbox("both ways")
+    others = [rank for rank in range(world.size) if rank != world.rank]
+    for number in range(3):
+        for to in others:
+            mailbox.send(to, bytes([number]) * 4_000_000)  # far more than MPI takes without its receiver
+    mailbox.flush()
+    received: dict[int, list[int]] = {rank: [] for rank in others}
+    for _ in range(3 * len(others)):
+        source, payload = next_message(mailbox)
+        assert len(payload) == 4_000_000
+        received[source].append(payload[0])
+    assert all(numbers == [0, 1, 2] for numbers in received.values())
+
+
 def test_sending_never_waits_for_the_receiver(world: World) -> None:
     mailbox = world.mailbox("large")
     payload = bytes(3_000_000)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lepton_dist.comm.patience import Patience
-from lepton_dist.comm.tensors import accumulates_in, empty, needs_scratch, reduce_rows
+from lepton_dist.comm.tensors import Scratch, accumulates_in, empty, needs_scratch, reduce_rows
 from lepton_dist.comm.transport import AllReduceRoutine, DoneHandle, Handle, Links
 from lepton_dist.errors import RankLostError
 
@@ -126,12 +126,14 @@ class LocalTransport:
         self._hub, self._key, self._members, self._rank = hub, key, tuple(members), rank
         self._group_name, self._patience = name, patience
         self._number = 0
+        self._wide = Scratch()
 
     def all_reduce(self, shape: Sequence[int], dtype: torch.dtype, op: str, algorithm: str) -> AllReduceRoutine:
         """A routine that reduces tensors of this shape in place."""
-        scratch = empty(shape, accumulates_in(dtype)) if needs_scratch(dtype, op, len(self._members)) else None
+        is_widened = needs_scratch(dtype, op, len(self._members))
 
         def routine(tensor: Tensor) -> None:
+            scratch = self._wide.take(shape, accumulates_in(dtype)) if is_widened else None
             reduce_rows(self._exchange(tensor.clone(), "all_reduce"), op, tensor, scratch)
 
         return routine

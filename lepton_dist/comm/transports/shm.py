@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lepton_dist.comm.patience import Patience
-from lepton_dist.comm.tensors import Scratch, accumulates_in, as_bytes, empty, needs_scratch, reduce_rows
+from lepton_dist.comm.tensors import Scratch, accumulates_in, as_bytes, needs_scratch, reduce_rows
 from lepton_dist.comm.transport import AllReduceRoutine
 from lepton_dist.comm.transports.roll_call import RollCall
 from lepton_dist.comm.transports.shm_window import ShmWindow
@@ -59,7 +59,7 @@ class ShmTransport:
         rows = [self._typed_slots(turn, slot_dtype, shape) for turn in range(2)]
         mine = [rows[turn][self._rank] for turn in range(2)]
         flag, arrivals, publish, await_all = self._own_flag, self._arrivals, self._publish, self._await_all
-        wide = empty(shape, slot_dtype) if slot_dtype != dtype else None
+        is_widened = slot_dtype != dtype
         combine = torch.add if op == "sum" else torch.maximum
 
         def routine(tensor: Tensor) -> None:
@@ -68,9 +68,11 @@ class ShmTransport:
             mine[turn].copy_(tensor)
             publish(flag, number)
             await_all(arrivals, number, "all_reduce")
-            if wide is None:
+            if not is_widened:
                 reduce_rows(rows[turn], op, tensor)
             else:
+                # One buffer for all shapes: a routine is kept for each that was ever seen.
+                wide = self._wide.take(shape, slot_dtype)
                 reduce_rows(rows[turn], op, wide)
                 tensor.copy_(wide)
 

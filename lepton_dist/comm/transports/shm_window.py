@@ -75,6 +75,10 @@ def open_window(comm: MPI.Intracomm, name: str) -> tuple[ShmWindow | None, str]:
         return None, f"group {name!r} of {size} ranks goes without shared memory: MPI made no shared window ({reason})"
     win.Lock_all(MPI.MODE_NOCHECK)
     window = ShmWindow(win, comm.Get_rank(), size, slot_bytes)
+    for turn in range(2):
+        # Now, while there is room: memory of /dev/shm is found when it is first written, and a rank that finds none
+        # left in the middle of a run dies of SIGBUS.
+        window.slots[turn][window.rank].zero_()
     window.arrived[window.rank][0] = window.reduced[window.rank][0] = 0
     win.Sync()
     comm.Barrier()

@@ -30,6 +30,7 @@ def test_uuids_in_every_spelling_are_the_same_gpu() -> None:
     plain = "0123456789abcdeffedcba9876543210"
     dashed = "01234567-89ab-cdef-fedc-ba9876543210"
     assert gpu_id(plain) == gpu_id(dashed) == gpu_id(f"GPU-{dashed}") == gpu_id(f"MIG-{dashed}")
+    assert gpu_id(f"MIG-GPU-{dashed}/1/0") == gpu_id(plain)  # drivers before R470
     assert gpu_id(plain) == (0x0123456789ABCDEF, 0xFEDCBA9876543210 - 2**64)
     with pytest.raises(ValueError, match="32 hexadecimal digits are wanted, these are 4"):
         gpu_id("GPU-abcd")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lepton_dist.comm.launcher import Launcher, library_defaults, library_kind, read_launcher
+from lepton_dist.comm.shared_memory import shortage
 
 HYDRA = {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
 OPENMPI = {
@@ -67,3 +68,15 @@ def test_only_the_mpich_wheel_under_srun_leaves_ucx() -> None:
     assert library_defaults(hydra, wheel) == {}
     assert library_defaults(srun, wheel.replace("ch4:ucx ofi", "ch4:ucx")) == {}
     assert library_defaults(srun, "Open MPI v5.0.11, package: Open MPI root@x") == {}
+
+
+def test_little_shared_memory_is_told_once_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Free:
+        f_bavail, f_frsize = 4096, 4096
+
+    monkeypatch.setattr("lepton_dist.comm.shared_memory.os.statvfs", lambda path: Free)
+    assert "/dev/shm has 16 MiB free" in shortage(Launcher("mpich", 2, 4, 0, 2))
+    for other in (Launcher("mpich", 3, 4, 1, 2), Launcher("none", 0, 1, 0, 1), Launcher("openmpi", 0, 2, 0, 2)):
+        assert not shortage(other)
+    Free.f_bavail = 8192
+    assert not shortage(Launcher("mpich", 2, 4, 0, 2))

@@ -20,7 +20,7 @@ MPIRUN = Path(sys.executable).parent / "mpirun"
 # A rank that sleeps for a minute. Each of its signals is answered by a line, as a rank that drains would.
 RANK = """
 import os, signal, sys, time
-from lepton_dist.runtime.guardian import start_guardian
+from lepton_dist.runtime.guardian import last_beat, start_guardian
 rank = int(os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
 size = int(os.environ.get("PMI_SIZE", os.environ.get("OMPI_COMM_WORLD_SIZE", "1")))
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -192,6 +192,38 @@ def test_the_guardian_is_small_and_idle(start: Callable[..., Job]) -> None:
     assert cpu_ticks() - before <= 1
     anonymous = next(line for line in status(job.guardians[0]).splitlines() if line.startswith("RssAnon"))
     assert int(anonymous.split()[1]) < 8 * 1024  # KiB; the rest is the interpreter's file, which all share
+
+
+LOCKED = """
+import ctypes, faulthandler, time
+from lepton_dist.runtime.guardian import last_beat, start_guardian
+guardian = start_guardian(3, world_size=1, host="n7")
+faulthandler.enable(2)
+guardian.beat(0.5)
+time.sleep(0.3)
+guardian.beat(0.0)
+time.sleep(1.0)
+print("alive", flush=True)
+guardian.beat(0.5)
+def locked_here():
+    ctypes.PyDLL(None).sleep(15)
+locked_here()
+"""
+
+
+def test_a_rank_whose_interpreter_is_locked_is_ended_and_says_where_it_was() -> None:
+    # PyDLL keeps the interpreter's lock during the call, so that no Python thread can run.
+    command = [sys.executable, "-c", LOCKED]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+    assert done.stdout == "alive\n" and done.returncode == -signal.SIGABRT, done
+    assert "rank 3 on host n7" in done.stderr and "gave no sign of life for 0.5 s; ending it" in done.stderr
+    assert "locked_here" in done.stderr
+
+
+def test_a_beat_may_come_in_pieces() -> None:
+    assert guardian.last_beat(b"5.0\n6.5\n", 1.0) == 6.5
+    assert guardian.last_beat(b"\n", 1.0) == 1.0
+    assert guardian.last_beat(b"7.0\n.\n", 1.0) == 7.0
 
 
 def test_close_sends_the_guardian_away() -> None:
