@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -36,6 +37,8 @@ from lepton_dist.text.tokenizer import Tokenizer
 # Seconds: what leaving a session may take beyond a step, and how long after the waits' deadlines the watchdog bites.
 CLOSE_TIMEOUT_S = 30.0
 WATCHDOG_MARGIN_S = 60.0
+# What a rank takes in before it turns to its own step: many messages must not keep it from that, nor from signals.
+_TURN_MESSAGES, _TURN_S = 256, 0.005
 
 
 class Rank:
@@ -72,9 +75,15 @@ class Rank:
         is_busy = False
         if self._watchdog is not None:
             self._watchdog.feed()
-        while (received := self._mailbox.poll()) is not None:
+        end_s = time.monotonic() + _TURN_S
+        for _ in range(_TURN_MESSAGES):
+            received = self._mailbox.poll()
+            if received is None:
+                break
             is_busy = True
             self._handle(self._codec.decode(received[1]))
+            if time.monotonic() > end_s:
+                break
         if self._steps:
             self._follow(self._steps.popleft())
             is_busy = True
@@ -177,6 +186,7 @@ class Rank:
         timeout_s = blueprint.limits.step_timeout_s
         return Leader(
             session.seat.replica,
+            len(blueprint.plan.replicas),
             engine,
             session.runner,
             followers,
