@@ -21,6 +21,7 @@ _CHANCE = 1.645
 _FORGETTING = 0.998
 _RIDGE = 1.0
 _SOLVE_EVERY = 8
+_LEARN_ALL, _LEARN_EVERY = 4 * WINDOW, 4  # so many finished requests teach, and of those after them every fourth
 # Instructions stand at the beginning or at the end of a prompt: their tokens are hashed into a few buckets each.
 _HEAD_TOKENS, _TAIL_TOKENS, _BUCKETS = 8, 16, 16
 _NUMBERS = 6
@@ -53,7 +54,7 @@ class LengthPredictor:
         self._information = np.zeros((size, size))
         self._evidence = np.zeros(size)
         self._weights: Floats = np.zeros(size)
-        self._num_learned = 0
+        self._num_learned = self._num_seen = 0
         self._mean_log = 0.0
         self._seen: deque[tuple[float, float]] = deque(maxlen=WINDOW)  # regression's guess, actual
         self._lengths: deque[int] = deque(maxlen=WINDOW)
@@ -88,10 +89,16 @@ class LengthPredictor:
             guess = float(features.max_tokens)
         return min(max(guess, 1.0), float(features.max_tokens))
 
-    def learn(self, features: RequestFeatures, actual: int) -> None:
-        """A request has finished after `actual` tokens, at least 1. What was known beforehand teaches nothing."""
+    def learn(self, features: RequestFeatures, actual: int) -> bool:
+        """A request has finished after `actual` tokens, at least 1; returns whether it was learned from.
+
+        What was known beforehand teaches nothing. When many have been learned from, one in four is enough.
+        """
         if features.known_tokens is not None:
-            return
+            return False
+        self._num_seen += 1
+        if self._num_learned >= _LEARN_ALL and self._num_seen % _LEARN_EVERY:
+            return False
         row = _encode(features)
         if self._num_learned:
             self._seen.append((min(self._regress(row), float(features.max_tokens)), float(actual)))
@@ -103,6 +110,7 @@ class LengthPredictor:
         self._evidence = _FORGETTING * self._evidence + row * (target - self._mean_log)
         if self._num_learned % _SOLVE_EVERY == 0:
             self._settle()
+        return True
 
     def _regress(self, row: Floats) -> float:
         return math.exp(min(self._mean_log + float(row @ self._weights), 30.0))

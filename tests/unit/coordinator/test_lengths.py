@@ -186,3 +186,10 @@ def test_a_hint_is_taken_until_lengths_are_judged_and_learned_from_then_on() -> 
     wrong = taught(lambda features, source: unrelated(features, source), 300, hinted)
     assert not wrong.is_trusted
     assert wrong.predict(asked) == wrong.predict(RequestFeatures([1] * 20, max_tokens=4096, hint=4))
+
+
+def test_once_much_was_learned_a_part_of_the_requests_is_enough() -> None:
+    predictor, source = LengthPredictor(), random.Random(5)
+    learned = [predictor.learn(features, by_prompt_length(features, source)) for features in [some(source)] * 3000]
+    assert all(learned[:1000])
+    assert 0.2 < sum(learned[1100:]) / len(learned[1100:]) < 0.3
