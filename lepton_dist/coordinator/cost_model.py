@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lepton_dist.coordinator.cluster import Cluster
 from lepton_dist.coordinator.least_squares import FactorLearner
+from lepton_dist.coordinator.likeness import Likeness, kind_numbers
 from lepton_dist.coordinator.stage_cost import TERMS, ModelCost, StageCost, Terms
 from lepton_dist.engine.work import StepWork, chunk_pairs
 from lepton_dist.plan.axes import ModelShape
 from lepton_dist.plan.placement import Seat, seats
-from lepton_dist.plan.plan import Plan
+from lepton_dist.plan.plan import Plan, Replica
 from lepton_dist.plan.precision import Dtypes
 
 WINDOW = 256  # steps over which errors are kept
@@ -26,7 +27,7 @@ _SETTLE_EVERY = 8  # steps between two looks at which prediction is the better; 
 class ReplicaCost:
     """The stages of one replica; a message between rank 0 and its leader takes `reach_s`."""
 
-    def __init__(self, stages: list[StageCost], command_s: float, reach_s: float = 0.0) -> None:
+    def __init__(self, stages: Sequence[StageCost], command_s: float, reach_s: float = 0.0) -> None:
         self.stages = tuple(stages)
         self.reach_s = reach_s
         self._command_s = command_s
@@ -149,7 +150,7 @@ class CostModel:
         self._limits = plan.engine
         model = ModelCost(shape, dtypes, is_gated, is_tied)
         placed = seats(plan, shape)
-        self.replicas = [_replica_cost(plan, index, model, placed, cluster) for index in range(len(plan.replicas))]
+        self.replicas = _replica_costs(plan, model, placed, cluster)
         self._learned = [_Learned() for _ in self.replicas]
 
     def predict(self, replica: int, work: StepWork, in_flight: int | None = None) -> float:
@@ -223,18 +224,33 @@ class CostModel:
         return total
 
 
-def _replica_cost(
-    plan: Plan, index: int, model: ModelCost, placed: Mapping[int, Seat], cluster: Cluster
-) -> ReplicaCost:
-    replica = plan.replicas[index]
+def _replica_costs(plan: Plan, model: ModelCost, placed: Mapping[int, Seat], cluster: Cluster) -> list[ReplicaCost]:
+    """By replica. Those that are alike share their stages, and what those remember."""
+    alike = Likeness(cluster, kind_numbers(cluster)) if len(plan.replicas) > 1 else None
+    known: dict[object, tuple[Sequence[StageCost], float]] = {}
+    costs = []
+    for replica in plan.replicas:
+        key = replica if alike is None else alike.of(replica)
+        if key not in known:
+            known[key] = _stage_costs(replica, model, placed, cluster), _command_s(replica, cluster)
+        costs.append(ReplicaCost(*known[key], cluster.link(0, replica.leader).latency_s))
+    return costs
+
+
+def _stage_costs(
+    replica: Replica, model: ModelCost, placed: Mapping[int, Seat], cluster: Cluster
+) -> Sequence[StageCost]:
     stages = []
     before: tuple[int, ...] = ()
     for stage in replica.stages:
         own = [placed[rank] for rank in stage.ranks]
         stages.append(StageCost(model, own, cluster, before))
         before = stage.ranks
-    # The command of a step goes to every rank, and the result of the last stage back to the leader.
+    return stages
+
+
+def _command_s(replica: Replica, cluster: Cluster) -> float:
+    """The command of a step goes to every rank, and the result of the last stage back to the leader."""
     first, last = replica.stages[0].ranks, replica.stages[-1].ranks
     down = max(cluster.link(replica.leader, rank).latency_s for rank in first)
-    up = cluster.link(last[0], replica.leader).latency_s
-    return ReplicaCost(stages, down + up, cluster.link(0, replica.leader).latency_s)
+    return down + cluster.link(last[0], replica.leader).latency_s

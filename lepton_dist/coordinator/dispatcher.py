@@ -6,28 +6,19 @@ The controller and the simulator both drive this; neither decides anything itsel
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from lepton_dist.coordinator.balancer import Balancer
 from lepton_dist.coordinator.decisions import LoggedBalancer, Write
 from lepton_dist.coordinator.lengths import LengthPredictor, RequestFeatures
 from lepton_dist.coordinator.prices import Demand, PriceLearner, Prices, Steps
+from lepton_dist.coordinator.reports import StepReport
 from lepton_dist.engine.request import Request
-from lepton_dist.engine.work import StepWork
 from lepton_dist.plan.plan import BalancerPolicy
 
 # How far ahead the balancer looks: it needs the longest requests early and short ones left for the end.
 MOST_REQUESTS = 16384
 MOST_PROMPT_TOKENS = 2**21
-_GUESS_AGAIN = 2  # requests of the backlog whose lengths are predicted anew whenever one has finished
-
-
-@dataclass(frozen=True, slots=True)
-class RanStep:
-    """A step that came back: what it asked for, and the seconds since the one before."""
-
-    work: StepWork
-    seconds: float
+_GUESS_AGAIN = 2  # requests of the backlog whose lengths are predicted anew whenever one has taught something
 
 
 class Dispatcher:
@@ -92,16 +83,16 @@ class Dispatcher:
             given.setdefault(replica, []).append(self._requests[key][0])
         return given, self.balancer.take_back()
 
-    def ran(self, replica: int, begun: Sequence[str], steps: Sequence[RanStep]) -> None:
+    def ran(self, replica: int, begun: Sequence[str], report: StepReport) -> None:
         """A replica has begun these requests, and run these steps."""
         self._has_news = True
         for key in begun:
             self.balancer.started(key)
-        if not steps:
+        if not report.num_steps:
             return
-        prompt_tokens = sum(_prompt_tokens(step.work) for step in steps)
-        samples = sum(step.work.samples for step in steps)
-        together = Steps(len(steps), prompt_tokens, samples, sum(step.seconds for step in steps))
+        # About: who samples has one token that is not of its prompt.
+        prompt_tokens = max(report.work.tokens - report.work.samples, 0)
+        together = Steps(report.num_steps, prompt_tokens, report.work.samples, report.seconds)
         self.balancer.measured(replica, together)
         self._learner.observe(together, self.balancer.speed(replica))
         self._num_reports += 1
@@ -114,8 +105,7 @@ class Dispatcher:
         self._has_news = True
         request, features = self._requests.pop(key)
         self.balancer.finished(key, output_tokens)
-        if output_tokens and features.known_tokens is None:
-            self.lengths.learn(features, max(1, round(output_tokens / request.sampling.n)))
+        if output_tokens and self.lengths.learn(features, max(1, round(output_tokens / request.sampling.n))):
             self._guess_again()
 
     def dropped(self, replica: int, keys: Sequence[str]) -> None:
@@ -149,11 +139,6 @@ def _logged(write: Write) -> Callable[..., Balancer]:
         return LoggedBalancer(write, slots, policy=policy, prices=prices)
 
     return make
-
-
-def _prompt_tokens(work: StepWork) -> int:
-    """Tokens of a step that are not the single new one of a sequence that decodes, about: who samples drew one."""
-    return max(work.tokens - work.samples, 0)
 
 
 def _differ(new: Prices, old: Prices) -> bool:

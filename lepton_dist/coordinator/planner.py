@@ -12,8 +12,9 @@ from typing import Literal, get_args
 
 from lepton_dist.coordinator.builder import Builder, Built
 from lepton_dist.coordinator.cost_model import CostModel
+from lepton_dist.coordinator.likeness import Likeness, kind_numbers
 from lepton_dist.coordinator.packing import Item, best_counts
-from lepton_dist.coordinator.pools import Pool, Seating, as_replica, kind_numbers, layouts
+from lepton_dist.coordinator.pools import Pool, Seating, as_replica, layouts
 from lepton_dist.coordinator.pricing import (
     MEMORY_MARGIN,
     Priced,
@@ -166,7 +167,7 @@ class _Pricer:
     """Prices whole plans; replicas that are alike are priced once."""
 
     def __init__(self, target: Target, kinds: Sequence[int]) -> None:
-        self._target, self._kinds = target, kinds
+        self._target, self._alike = target, Likeness(target.cluster, kinds)
         self._costs: dict[object, CostModel] = {}
         self._seconds: dict[tuple[object, int], float] = {}
 
@@ -174,7 +175,7 @@ class _Pricer:
         """None when the plan does not fit memory."""
         if not replicas:
             return None
-        target, keys = self._target, [self._alike(item) for item in replicas]
+        target, keys = self._target, [self._alike.of(item) for item in replicas]
         costs = [self._of(key, item) for key, item in zip(keys, replicas, strict=True)]
         fit = fit_memory(target, replicas, [cost.replicas[0] for cost in costs])
         if fit is None:
@@ -201,19 +202,6 @@ class _Pricer:
         if key not in self._costs:
             self._costs[key] = self._target.costs((item,))
         return self._costs[key]
-
-    def _alike(self, item: Replica) -> object:
-        """Equal for replicas of one price: kinds, layers, shares, and which ranks lie together."""
-        cluster = self._target.cluster
-        if cluster.pairs:
-            return item
-        first: dict[int, int] = {}
-        return tuple(self._stage_key(stage, first) for stage in item.stages)
-
-    def _stage_key(self, stage: Stage, first: dict[int, int]) -> object:
-        nodes = (self._target.cluster.ranks[rank].node for rank in stage.ranks)
-        places = tuple(first.setdefault(node, len(first)) for node in nodes)
-        return tuple(self._kinds[rank] for rank in stage.ranks), places, stage.layers, stage.shares
 
 
 def _what_is_missing(target: Target, missing: float) -> str:

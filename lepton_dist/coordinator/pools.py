@@ -62,12 +62,6 @@ Shape = tuple[Segment, ...]
 """A replica before its ranks are chosen."""
 
 
-def kind_numbers(cluster: Cluster) -> list[int]:
-    """A number for the kind of each rank."""
-    known: dict[object, int] = {}
-    return [known.setdefault(profile.kind, len(known)) for profile in cluster.ranks]
-
-
 def layouts(cluster: Cluster, kinds: Sequence[int]) -> list[tuple[Pool, ...]]:
     """Ways to see the cluster as pools.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lepton_dist.coordinator.cost_model import ReplicaCost
-from lepton_dist.coordinator.dispatcher import RanStep
 from lepton_dist.coordinator.events import Result
+from lepton_dist.coordinator.reports import RanStep
 from lepton_dist.coordinator.timeline import Lane
 from lepton_dist.engine.kv_blocks import KvBlocks
 from lepton_dist.engine.request import Request, Sequence

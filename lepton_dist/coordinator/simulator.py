@@ -14,16 +14,15 @@ from lepton_dist.config.sampling import SamplingParams
 from lepton_dist.coordinator.cluster import Cluster
 from lepton_dist.coordinator.cost_model import CostModel
 from lepton_dist.coordinator.decisions import Write
-from lepton_dist.coordinator.dispatcher import Dispatcher, RanStep
+from lepton_dist.coordinator.dispatcher import Dispatcher
 from lepton_dist.coordinator.events import Arrival, Delivery, EventQueue, Result
 from lepton_dist.coordinator.replica import SimulatedReplica
+from lepton_dist.coordinator.reports import RanStep, StepReport, report_every_s
 from lepton_dist.coordinator.timeline import Lane
 from lepton_dist.coordinator.workload import RequestLengths
 from lepton_dist.engine.request import Request
 from lepton_dist.errors import ConfigError
 from lepton_dist.plan.plan import Plan
-
-REPORT_EVERY_S = 0.1  # as leaders do
 
 
 @dataclass
@@ -77,7 +76,8 @@ class Simulator:
         slots = [limits.max_sequences] * len(self._replicas)
         self._dispatcher = Dispatcher(slots, limits.balancer, write=write)
         self._queue = EventQueue()
-        self._reported_s = [-REPORT_EVERY_S] * len(self._replicas)
+        self._report_every_s = report_every_s(len(self._replicas))  # as leaders do
+        self._reported_s = [-self._report_every_s] * len(self._replicas)
         self._arrived: dict[str, tuple[float, int]] = {}
         self._num_to_come = 0
         self._result = Simulated()
@@ -138,7 +138,7 @@ class Simulator:
                 finished.append(key)
             else:
                 self._result.first_token_s.append(now_s - self._arrived[key][0])
-        reports = now_s - self._reported_s[event.replica] >= REPORT_EVERY_S
+        reports = now_s - self._reported_s[event.replica] >= self._report_every_s
         if reports or finished:
             begun: list[str] = []
             steps: list[RanStep] = []
@@ -156,7 +156,7 @@ class Simulator:
             arrival_s, tokens = self._arrived.pop(key)
             self._result.latencies_s.append(now_s - arrival_s)
             self._dispatcher.finished(key, tokens)
-        self._dispatcher.ran(replica.index, begun, steps)
+        self._dispatcher.ran(replica.index, begun, StepReport.of(steps))
         self._decide(now_s)
 
     def _send(self, now_s: float, replica: SimulatedReplica, act: Callable[[float], None]) -> None:

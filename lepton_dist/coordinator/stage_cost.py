@@ -24,6 +24,7 @@ WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
 WEIGHT_BYTES |= {kind: 0.5 + 2 / group for kind, group in INT4_GROUPS.items()}
 WIRE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.03125}
 _NORMS_A_LAYER = 2
+_MOST_KEPT = 4096  # widths of steps whose parts are remembered; then they are forgotten, all at once
 # `attention_bytes_per_s` is measured in bfloat16, with this many query heads for each KV head.
 _PROFILED_GROUP, _PROFILED_KV_BYTES = 4, 2.0
 
@@ -156,6 +157,8 @@ class RankCost:
             if rows and part.row_flops:
                 weights += part.read_s
                 matmul += max(0.0, part.row_flops * rows / self._matmul.flops_per_s(part.dtype, rows) - part.read_s)
+        if len(self._products) >= _MOST_KEPT:
+            self._products.clear()
         self._products[tokens, samples] = weights, matmul
         return weights, matmul
 
@@ -223,6 +226,8 @@ class StageCost:
                 others += self._reduce_s(tokens * self._row_bytes)
             if self._links:
                 transfers = max(link.seconds(tokens * self._wire_row_bytes) for link in self._links)
+            if len(self._moves) >= _MOST_KEPT:
+                self._moves.clear()
             found = self._moves[tokens, samples] = sums, others, transfers
         return found
 

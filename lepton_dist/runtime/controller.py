@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from lepton_dist.comm.wait import Backoff
 from lepton_dist.comm.world import World
 from lepton_dist.coordinator.cluster import Cluster
 from lepton_dist.coordinator.cost_model import CostModel
 from lepton_dist.coordinator.decisions import Write
-from lepton_dist.coordinator.dispatcher import Dispatcher, RanStep
+from lepton_dist.coordinator.dispatcher import Dispatcher
 from lepton_dist.coordinator.prior import measured_prior, typical_prior
 from lepton_dist.coordinator.report import RunRecord
 from lepton_dist.engine.request import Request
-from lepton_dist.engine.work import StepWork
 from lepton_dist.errors import ConfigError, LeptonError, RankLostError, RequestError
 from lepton_dist.plan.precision import Dtypes
 from lepton_dist.runtime.blueprint import Blueprint
@@ -222,10 +219,8 @@ class Controller:
         if isinstance(message, Finished):
             self._ended(message.key, message.output)
         elif isinstance(message, Measured):
-            rows = np.frombuffer(message.steps).reshape(-1, 6).tolist()
-            steps = [RanStep(StepWork(*map(int, row[:5])), row[5]) for row in rows]
-            self._dispatcher.ran(message.replica, message.begun, steps)
-            self._require_recorder().ran(message.replica, len(message.begun), steps)
+            self._dispatcher.ran(message.replica, message.begun, message.report)
+            self._require_recorder().ran(message.replica, len(message.begun), message.report)
         elif isinstance(message, Dropped):
             keys = [key for key in message.keys if not Soundness.is_probe(key)]
             self._dispatcher.dropped(message.replica, keys)

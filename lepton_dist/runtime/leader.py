@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from array import array
 from collections import deque
 from collections.abc import Callable
 
+from lepton_dist.coordinator.reports import RanStep, StepReport, report_every_s, samples_a_report
 from lepton_dist.engine.batch import RunBatch
 from lepton_dist.engine.engine import Engine
 from lepton_dist.engine.request import Request
@@ -14,19 +14,18 @@ from lepton_dist.engine.runner import BegunStep, StageRunner, StepResult
 from lepton_dist.errors import RankLostError
 from lepton_dist.runtime.messages import CloseSession, Dropped, Finished, Measured, Message
 
-REPORT_EVERY_S = 0.1
-
 
 class Leader:
     """Drives one replica from its first rank.
 
-    `replica` is its number; `send` passes a message to a world rank; `describe_last` names the ranks whose result it
-    waits for.
+    `replica` is its number among `num_replicas`; `send` passes a message to a world rank; `describe_last` names the
+    ranks whose result it waits for.
     """
 
     def __init__(
         self,
         replica: int,
+        num_replicas: int,
         engine: Engine,
         runner: StageRunner,
         followers: tuple[int, ...],
@@ -35,15 +34,16 @@ class Leader:
         describe_last: Callable[[], str],
     ) -> None:
         self._replica = replica
+        self._report_every_s, self._num_samples = report_every_s(num_replicas), samples_a_report(num_replicas)
         self._engine, self._runner, self._followers = engine, runner, followers
         self._step_timeout_s = step_timeout_s
         self._send, self._describe_last = send, describe_last
         self._begun: deque[BegunStep] = deque()
         self._last_progress_s = time.monotonic()
         self._is_closing = False
-        self._steps = array("d")
+        self._steps: list[RanStep] = []
         self._busy_since_s: float | None = None
-        self._reported_s = -REPORT_EVERY_S
+        self._reported_s = -self._report_every_s
 
     def assign(self, requests: list[Request]) -> None:
         """Queue requests."""
@@ -108,7 +108,7 @@ class Leader:
         """A step came back: report the requests that it finished."""
         now_s = time.monotonic()
         since_s = self._last_progress_s if self._busy_since_s is None else self._busy_since_s
-        self._steps.extend((*self._engine.counts(result.step), now_s - since_s))
+        self._steps.append(RanStep(self._engine.counts(result.step), now_s - since_s))
         self._last_progress_s = self._busy_since_s = now_s
         finished = self._engine.apply(result)
         while self._begun and not self._engine.has_work:  # what ran ahead of the end
@@ -121,10 +121,11 @@ class Leader:
     def _report(self, *, is_last: bool = False) -> None:
         """Tell rank 0 what has begun and come back, but not at every step."""
         now_s = time.monotonic()
-        if not self._steps or (now_s - self._reported_s < REPORT_EVERY_S and not is_last):
+        if not self._steps or (now_s - self._reported_s < self._report_every_s and not is_last):
             return
-        self._send(0, Measured(self._replica, self._engine.take_begun(), self._steps.tobytes()))
-        self._steps = array("d")
+        report = StepReport.of(self._steps, self._num_samples)
+        self._send(0, Measured(self._replica, self._engine.take_begun(), report))
+        self._steps = []
         self._reported_s = now_s
 
     def _run(self, batch: RunBatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
+from lepton_dist.coordinator.reports import StepReport
 from lepton_dist.engine.batch import RunBatch
 from lepton_dist.engine.request import Request
 from lepton_dist.engine.runner import StepResult
@@ -105,13 +106,12 @@ class Dropped(msgspec.Struct, tag=True):
 class Measured(msgspec.Struct, tag=True):
     """To rank 0, every now and then: what a replica has begun, and the steps that have come back.
 
-    steps float64 [steps, 6]: the fields of `StepWork`, and the seconds since the result before it (since
-    its start, when nothing ran then).
+    The seconds of a step are those since the result before it (since its start, when nothing ran then).
     """
 
     replica: int
     begun: list[str]
-    steps: bytes
+    report: StepReport
 
 
 class Finished(msgspec.Struct, tag=True):

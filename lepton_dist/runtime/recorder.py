@@ -2,60 +2,68 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 from lepton_dist.coordinator.cost_model import CostModel
-from lepton_dist.coordinator.dispatcher import RanStep
 from lepton_dist.coordinator.prior import Prior
 from lepton_dist.coordinator.report import RankRecord, ReplicaRecord, RunRecord, Span
+from lepton_dist.coordinator.reports import StepReport
 from lepton_dist.coordinator.stage_cost import Terms
 from lepton_dist.engine.work import StepWork
 from lepton_dist.plan.plan import Plan
 
 SPAN_S = 1.0
-# Steps a report from which the cost model learns, over all replicas: rank 0 has a shard of its own to compute.
-_LEARNED_STEPS = 16
+# Spans of all replicas together, and of one at least: the report shows its 120 columns of time. Beyond that, neighbours
+# become one.
+_MOST_SPANS, _FEWEST_SPANS = 50_000, 256
 
 
-@dataclass
 class _Track:
-    """The steps of a replica: closed spans, and the one that is being filled."""
+    """The steps of a replica: closed spans, `most_spans` of them at most, and the one that is being filled."""
 
-    spans: list[Span] = field(default_factory=list)
-    num_requests: int = 0
-    start_s: float = 0.0
-    end_s: float = 0.0
-    busy_s: float = 0.0
-    num_steps: int = 0
-    tokens: int = 0
-    predicted: Terms = field(default_factory=Terms)
-    work: StepWork = field(default_factory=lambda: StepWork(0, 0, 0))  # of all steps
-    num_works: int = 0
+    def __init__(self, most_spans: int) -> None:
+        self.spans: list[Span] = []
+        self.num_requests = self.num_steps = 0
+        self.work = StepWork(0, 0, 0)
+        self._most_spans, self._span_s = most_spans, SPAN_S
+        self._end_s = 0.0
+        self._open: Span | None = None
 
-    def add(self, steps: Sequence[RanStep], predicted: Sequence[Terms], now_s: float) -> None:
+    def add(self, report: StepReport, predicted: Terms, now_s: float) -> None:
         """Steps that have come back until now."""
-        busy_s = sum(step.seconds for step in steps)
-        if not self.num_steps:
-            self.start_s = max(now_s - busy_s, self.end_s)
-        self.end_s = now_s
-        self.busy_s += busy_s
-        self.num_steps += len(steps)
-        self.tokens += sum(step.work.samples for step in steps)
-        self.predicted = Terms(*map(sum, zip(self.predicted, *predicted, strict=True)))
-        self.work = StepWork(*map(sum, zip(self.work, *(step.work for step in steps), strict=True)))
-        self.num_works += len(steps)
-        if now_s - self.start_s >= SPAN_S:
+        self.num_steps += report.num_steps
+        self.work = StepWork(*map(operator.add, self.work, report.work))
+        start_s = max(now_s - report.seconds, self._end_s) if self._open is None else self._open.start_s
+        self._end_s = now_s
+        new = Span(start_s, now_s - start_s, report.seconds, report.num_steps, report.work.samples, predicted)
+        self._open = new if self._open is None else _joined(self._open, new)
+        if self._open.seconds >= self._span_s:
             self.close()
 
     def close(self) -> None:
         """End the present span."""
-        if self.num_steps:
-            seconds = self.end_s - self.start_s
-            busy_s = min(self.busy_s, seconds)
-            self.spans.append(Span(self.start_s, seconds, busy_s, self.num_steps, self.tokens, self.predicted))
-        self.busy_s, self.num_steps, self.tokens, self.predicted = 0.0, 0, 0, Terms()
+        if self._open is not None:
+            self.spans.append(replace(self._open, busy_s=min(self._open.busy_s, self._open.seconds)))
+            self._open = None
+        if len(self.spans) > self._most_spans:
+            pairs = zip(self.spans[::2], self.spans[1::2], strict=False)
+            self.spans = [*(_joined(*pair) for pair in pairs), *self.spans[len(self.spans) // 2 * 2 :]]
+            self._span_s *= 2
+
+
+def _joined(first: Span, second: Span) -> Span:
+    """One span from the begin of the first to the end of the second."""
+    return Span(
+        first.start_s,
+        second.start_s + second.seconds - first.start_s,
+        first.busy_s + second.busy_s,
+        first.num_steps + second.num_steps,
+        first.tokens + second.tokens,
+        first.predicted.plus(second.predicted),
+    )
 
 
 class Recorder:
@@ -67,20 +75,22 @@ class Recorder:
     def __init__(self, plan: Plan, hosts: Sequence[str], costs: CostModel, prior: Prior) -> None:
         self._start_s = time.monotonic()
         self._plan, self._hosts, self._costs, self._prior = plan, hosts, costs, prior
-        self._tracks = [_Track() for _ in plan.replicas]
-        self._num_learned = max(1, _LEARNED_STEPS // max(len(plan.replicas), 1))
+        most_spans = max(_FEWEST_SPANS, _MOST_SPANS // max(len(plan.replicas), 1))
+        self._tracks = [_Track(most_spans) for _ in plan.replicas]
 
-    def ran(self, replica: int, num_begun: int, steps: Sequence[RanStep]) -> None:
+    def ran(self, replica: int, num_begun: int, report: StepReport) -> None:
         """A replica has just reported the requests that it has begun, and the steps that came back."""
         track, now_s = self._tracks[replica], time.monotonic() - self._start_s
         track.num_requests += num_begun
-        if not steps:
+        if not report.num_steps:
             return
-        cost = self._costs.replicas[replica]
-        track.add(steps, [cost.interval(step.work) for step in steps], now_s)
-        for step in steps[: self._num_learned]:
+        predicted = Terms()
+        for step in report.samples:
+            predicted = predicted.plus(self._costs.replicas[replica].interval(step.work))
             if step.seconds > 0:
                 self._costs.observe(replica, step.work, step.seconds)
+        scale = report.num_steps / len(report.samples)
+        track.add(report, Terms(*(scale * value for value in predicted)), now_s)
 
     def record(self) -> RunRecord:
         """The run so far."""
@@ -111,7 +121,7 @@ class Recorder:
     def _shares(self, replica: int) -> list[tuple[float, ...]]:
         """By stage, the part of a mean step in which each rank computes; all of it where no speed is known."""
         track = self._tracks[replica]
-        if not self._prior.is_measured or not track.num_works:
+        if not self._prior.is_measured or not track.num_steps:
             return [(1.0,) * len(stage.ranks) for stage in self._plan.replicas[replica].stages]
-        mean = StepWork(*(round(value / track.num_works) for value in track.work))
+        mean = StepWork(*(round(value / track.num_steps) for value in track.work))
         return self._costs.replicas[replica].rank_shares(mean)

@@ -6,7 +6,8 @@ import pytest
 
 from lepton_dist.config.sampling import SamplingParams
 from lepton_dist.coordinator import dispatcher as module
-from lepton_dist.coordinator.dispatcher import Dispatcher, RanStep
+from lepton_dist.coordinator.dispatcher import Dispatcher
+from lepton_dist.coordinator.reports import RanStep, StepReport
 from lepton_dist.engine.request import Request
 from lepton_dist.engine.work import StepWork
 
@@ -19,7 +20,7 @@ def warmed(slots: list[int]) -> Dispatcher:
     """One whose replicas have all been measured, and are equal."""
     made = Dispatcher(slots)
     for replica in range(len(slots)):
-        made.ran(replica, [], [RanStep(StepWork(100, 4, 4), 0.1)] * 4)
+        made.ran(replica, [], StepReport.of([RanStep(StepWork(100, 4, 4), 0.1)] * 4))
     return made
 
 
@@ -32,7 +33,7 @@ def test_every_request_is_given_and_finished_once() -> None:
         given, _ = made.decide()
         assert made.decide() == ({}, []), "nothing has happened since"
         for replica, requests in given.items():
-            made.ran(replica, [item.key for item in requests], [RanStep(StepWork(50, 2, 2), 0.1)])
+            made.ran(replica, [item.key for item in requests], StepReport.of([RanStep(StepWork(50, 2, 2), 0.1)]))
             for item in requests:
                 seen.append(item.key)
                 made.finished(item.key, 5)
@@ -90,8 +91,8 @@ def test_prices_are_learned_from_steps() -> None:
         samples = 1 + number * 7 % 16
         tokens = samples + (0 if number % 3 else 100 + number % 50)
         seconds = 0.010 + 0.0005 * (tokens - samples) + 0.002 * samples
-        made.ran(0, [], [RanStep(StepWork(tokens, samples, samples), seconds)])
-        made.ran(1, [], [RanStep(StepWork(tokens, samples, samples), 4 * seconds)])
+        made.ran(0, [], StepReport.of([RanStep(StepWork(tokens, samples, samples), seconds)]))
+        made.ran(1, [], StepReport.of([RanStep(StepWork(tokens, samples, samples), 4 * seconds)]))
     prices = made.balancer.prices
     assert made.balancer.speed(0) / made.balancer.speed(1) == pytest.approx(4.0, rel=0.02)
     assert prices.sample_s / prices.prompt_s == pytest.approx(4.0, rel=0.3)

@@ -58,14 +58,16 @@ def made(monkeypatch: pytest.MonkeyPatch) -> tuple[Leader, list[Message], Clock,
     return make(monkeypatch)
 
 
-def make(monkeypatch: pytest.MonkeyPatch, ahead: int = 0) -> tuple[Leader, list[Message], Clock, Runner]:
+def make(
+    monkeypatch: pytest.MonkeyPatch, ahead: int = 0, num_replicas: int = 1
+) -> tuple[Leader, list[Message], Clock, Runner]:
     clock, sent = Clock(), []
     runner = Runner(clock)
     monkeypatch.setattr(module, "time", clock)
     limits = EngineLimits(block_tokens=4, max_batch_tokens=32, max_sequences=2)
     engine = Engine(limits, 64, 1, (END,), lambda stops, preceding: pytest.fail("no stop strings here"), ahead=ahead)
     send: Callable[[int, Message], None] = lambda rank, message: sent.append(message)  # noqa: E731
-    return Leader(3, engine, runner, (), 60.0, send, lambda: "nobody"), sent, clock, runner  # type: ignore[arg-type]
+    return Leader(3, num_replicas, engine, runner, (), 60.0, send, lambda: "nobody"), sent, clock, runner  # type: ignore[arg-type]
 
 
 def request(key: str, tokens: int = 8) -> Request:
@@ -73,7 +75,10 @@ def request(key: str, tokens: int = 8) -> Request:
 
 
 def rows(messages: list[Message]) -> list[list[float]]:
-    return [row for m in messages if isinstance(m, Measured) for row in np.frombuffer(m.steps).reshape(-1, 6).tolist()]
+    """Every step that was reported, which tells all of them while they are few."""
+    reports = [message.report for message in messages if isinstance(message, Measured)]
+    assert all(report.num_steps == len(report.samples) for report in reports)
+    return [[*step.work, step.seconds] for report in reports for step in report.samples]
 
 
 def test_steps_are_reported_in_batches(made: tuple[Leader, list[Message], Clock, Runner]) -> None:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 
 from lepton_dist.coordinator.cluster import Cluster
-from lepton_dist.coordinator.dispatcher import RanStep
 from lepton_dist.coordinator.prior import Prior, measured_prior, typical_prior
 from lepton_dist.coordinator.report import make_report, report_text
+from lepton_dist.coordinator.reports import RanStep, StepReport
 from lepton_dist.engine.work import StepWork
 from lepton_dist.plan.plan import Plan, Replica, Stage
 from lepton_dist.runtime import recorder as module
@@ -52,7 +52,7 @@ def test_spans_hold_every_step_and_do_not_overlap(reports: list[tuple[int, float
         made = recorder()
         for replica, pause_s, part, count in reports:
             clock.now_s += pause_s
-            made.ran(replica, 1, [RanStep(StepWork(3, 2, 2, 50), pause_s * part / count)] * count)
+            made.ran(replica, 1, StepReport.of([RanStep(StepWork(3, 2, 2, 50), pause_s * part / count)] * count))
         record = made.record()
     for index, replica in enumerate(record.replicas):
         mine = [report for report in reports if report[0] == index]
@@ -76,7 +76,7 @@ def report_of(machines: Cluster, factor: float, count: int = 40) -> dict:
     made = recorder(plan, prior)
     step_s = model(plan, machines).replicas[0].step_s(DECODE)
     for _ in range(count):
-        made.ran(0, 1, [RanStep(DECODE, factor * step_s)])
+        made.ran(0, 1, StepReport.of([RanStep(DECODE, factor * step_s)]))
     return make_report(made.record())
 
 
@@ -97,11 +97,11 @@ def test_the_prior_is_told_and_ranks_wait_only_where_it_is_measured() -> None:
     steps = model(resolved((0, 1)), machines).replicas[0].rank_shares(DECODE)[0]
     assert steps[0] < 0.6 < steps[1]
     made = recorder()
-    made.ran(0, 1, [RanStep(DECODE, 0.0)])
+    made.ran(0, 1, StepReport.of([RanStep(DECODE, 0.0)]))
     record = made.record()
     assert "no `cluster`" in record.prior and [rank.share for rank in record.ranks] == [1.0, 1.0, 1.0]
     waiting = Recorder(resolved((0, 1)), HOSTS, model(resolved((0, 1)), machines), measured_prior(machines))
-    waiting.ran(0, 1, [RanStep(DECODE, 0.1)])
+    waiting.ran(0, 1, StepReport.of([RanStep(DECODE, 0.1)]))
     assert [rank.share for rank in waiting.record().ranks] == pytest.approx([*steps, 1.0])
     assert "rank 2 on c was idle for the whole run: the plan leaves it out" in report_text(make_report(record))
 
