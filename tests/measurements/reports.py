@@ -1,7 +1,7 @@
 """What the reports of a thousand replicas cost rank 0, in cores: ``python -m tests.measurements.reports``.
 
-Real leaders, driven by a clock of the program, report the steps of an engine that decodes; what rank 0 does with as many
-such messages as a thousand leaders send in a second is timed.
+Real leaders, driven by a clock of the program, report the steps of an engine that decodes. Timed is what rank 0 does
+with as many such messages as a thousand leaders send in a second.
 """
 
 from __future__ import annotations
