@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
@@ -17,15 +17,17 @@ from lepton_dist.errors import RequestError, UsageError
 from lepton_dist.plan.document import load_plan
 from lepton_dist.plan.plan import Plan, Precision, Replica, Stage
 from lepton_dist.runtime.blueprint import Blueprint
-from lepton_dist.runtime.controller import Controller
-from lepton_dist.runtime.job import Job, script_job
+from lepton_dist.runtime.job import Call, Job, script_job
 from lepton_dist.runtime.opening import ModelRequest, open_model
 from lepton_dist.runtime.requests import RequestMaker, checkpoint_sampling
-from lepton_dist.text.completion import RequestOutput
 from lepton_dist.text.dataset import Dataset, load_dataset
 from lepton_dist.text.output import OutputFormatter
 from lepton_dist.text.rows import PromptRow
 from lepton_dist.text.tokenizer import Tokenizer
+from lepton_dist.values import checked_dtype, checked_threads, checked_whole
+
+_MOST_SEQUENCES = 2**20
+_MOST_EPOCHS = 10**6
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class LeptonInference:
         threads: threads a rank; 0 for the job's setting or a fair share of the cores.
 
     Raises:
+        UsageError: an argument is of a wrong type or value.
         LaunchError: the launcher and the MPI library do not belong together.
     """
 
@@ -75,10 +78,16 @@ class LeptonInference:
         dtype: str | None = None,
         threads: int = 0,
     ) -> None:
-        chosen = plan if plan is None or isinstance(plan, Plan) else load_plan(plan)
-        self._job: Job = script_job()
+        try:
+            dtype = None if dtype is None else checked_dtype(dtype)
+            threads = checked_threads(threads)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        chosen = plan if plan is None or isinstance(plan, Plan) else load_plan(_path("plan", plan))
         limits = chosen.engine if chosen is not None else Plan().engine
-        self._settings = _Settings("", chosen, dtype, threads, limits.max_sequences, True, quantization)
+        quantized = _flag("quantization", quantization)
+        self._settings = _Settings("", chosen, dtype, threads, limits.max_sequences, True, quantized)
+        self._job: Job = script_job()
         self._blueprint: Blueprint | None = None
         self._opened: _Settings | None = None
         if model_path is not None:
@@ -90,7 +99,7 @@ class LeptonInference:
         Raises:
             UsageError: it is no directory.
         """
-        if not Path(model_path).is_dir():
+        if not Path(_path("model_path", model_path)).is_dir():
             raise UsageError(f"{model_path}: is not a directory: a checkpoint directory with config.json is needed")
         self._settings = replace(self._settings, model=str(Path(model_path).absolute()))
 
@@ -98,15 +107,17 @@ class LeptonInference:
         """The most sequences that a replica works on at once; the texts do not depend on it.
 
         Raises:
-            UsageError: it is less than 1.
+            UsageError: it is no whole number of at least 1.
         """
-        if batch_size < 1:
-            raise UsageError(f"the batch size must be at least 1, not {batch_size}")
+        try:
+            checked_whole("batch_size", batch_size, 1, _MOST_SEQUENCES)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         self._settings = replace(self._settings, max_sequences=batch_size)
 
     def set_dynamic_scheduling(self, is_dynamic: bool) -> None:
         """Whether requests go to the replica with the least predicted load, or to the replicas in turn."""
-        self._settings = replace(self._settings, is_dynamic=is_dynamic)
+        self._settings = replace(self._settings, is_dynamic=_flag("is_dynamic", is_dynamic))
 
     def generate_texts(
         self,
@@ -120,6 +131,8 @@ class LeptonInference:
         sampling: SamplingParams | None = None,
     ) -> list[str]:
         """Complete every prompt; pass after pass, each in input order.
+
+        However a call ends, by an error or by Ctrl-C, the next one works: what was under way is given up.
 
         Args:
             dataset: from `load_dataset`, or prompts.
@@ -136,36 +149,43 @@ class LeptonInference:
             CheckpointError: the model is wrong, or has no numbers for any prompt.
         """
         _refuse(pruning, "pruning")
-        if epochs < 1:
-            raise UsageError(f"epochs must be at least 1, not {epochs}")
         settings = self._settings
+        try:
+            checked_whole("epochs", epochs, 1, _MOST_EPOCHS)
+            params = _checked_sampling(sampling)
+        except (ValueError, RequestError) as error:
+            raise UsageError(str(error)) from None
         if dynamic_scheduling is not None:
-            settings = replace(settings, is_dynamic=dynamic_scheduling)
+            settings = replace(settings, is_dynamic=_flag("dynamic_scheduling", dynamic_scheduling))
         if quantization is not None:
-            settings = replace(settings, is_quantized=quantization)
-        if not parallel:
+            settings = replace(settings, is_quantized=_flag("quantization", quantization))
+        if not _flag("parallel", parallel):
             settings = replace(settings, plan=_alone(settings.plan))
-        rows = dataset if isinstance(dataset, Dataset) else load_dataset(dataset)
-        controller, blueprint = self._open(settings)
-        tokenizer = Tokenizer.load(settings.model)
-        formatter = OutputFormatter(tokenizer, model=Path(settings.model).name)
-        requests: list[Request] = []
-        for epoch in range(epochs):
-            maker = _maker(blueprint, tokenizer, settings.model, sampling, epoch)
-            requests += [_request(maker, controller, row, epoch) for row in rows]
-        outputs = _run(controller, requests)
-        for row, request in zip(cycle(rows), requests, strict=False):
-            if failure := outputs[request.key].failure:
-                raise RequestError(f"row {row.id!r} (line {row.line}): {failure}", kind="server_error")
-        return [formatter.texts(outputs[request.key])[0] for request in requests]
+        rows = dataset if isinstance(dataset, Dataset) else load_dataset(_prompts(dataset))
+        with self._job.call() as call:
+            blueprint = self._open(settings)
+            call.interrupts.answer()
+            tokenizer = Tokenizer.load(settings.model)
+            formatter = OutputFormatter(tokenizer, model=Path(settings.model).name)
+            requests: list[Request] = []
+            for epoch in range(epochs):
+                maker = _maker(blueprint, tokenizer, settings.model, params, epoch)
+                requests += [_request(maker, call, row, epoch) for row in rows]
+            outputs = call.run(requests)
+            for row, request in zip(cycle(rows), requests, strict=False):
+                if failure := outputs[request.key].failure:
+                    raise RequestError(f"row {row.id!r} (line {row.line}): {failure}", kind="server_error")
+            return [formatter.texts(outputs[request.key])[0] for request in requests]
 
-    def _open(self, settings: _Settings) -> tuple[Controller, Blueprint]:
+    def _open(self, settings: _Settings) -> Blueprint:
         """The session of these settings: the one that is open, or a new one."""
         job = self._job
         if not settings.model:
             raise UsageError("no model is loaded: give model_path, or call load_model")
         if self._blueprint is not None and job.owner is self and self._opened == settings:
-            return job.controller, self._blueprint
+            return self._blueprint
+        # Before anything can fail: from here on no session is this object's.
+        self._blueprint = self._opened = job.owner = None
         if job.controller.is_open:
             job.controller.close()
         plan = (settings.plan or Plan()).laid_out(job.controller.world.nodes)
@@ -176,9 +196,9 @@ class LeptonInference:
         )
         dtype = None if settings.is_quantized else settings.dtype
         request = ModelRequest(settings.model, plan, dtype, settings.threads)
-        self._blueprint = open_model(job.controller, request, is_dynamic=settings.is_dynamic)
-        self._opened, job.owner = settings, self
-        return job.controller, self._blueprint
+        blueprint = open_model(job.controller, request, is_dynamic=settings.is_dynamic)
+        self._blueprint, self._opened, job.owner = blueprint, settings, self
+        return blueprint
 
 
 def _refuse(value: bool | None, name: str) -> None:
@@ -206,21 +226,48 @@ def _maker(
     )
 
 
-def _request(maker: RequestMaker, controller: Controller, row: PromptRow, epoch: int) -> Request:
+def _request(maker: RequestMaker, call: Call, row: PromptRow, epoch: int) -> Request:
+    call.interrupts.answer()
     try:
         request = maker.request(row)
-        controller.check(request)
+        call.controller.check(request)
     except RequestError as error:
         raise RequestError(f"row {row.id!r} (line {row.line}): {error}", kind=error.kind) from None
     if request.sampling.n != 1:
         raise RequestError(f"row {row.id!r} (line {row.line}): n is {request.sampling.n}; texts are one a prompt here")
-    return msgspec.structs.replace(request, key=f"{epoch}/{request.key}")
+    return msgspec.structs.replace(request, key=f"{call.prefix}{epoch}/{request.key}")
 
 
-def _run(controller: Controller, requests: list[Request]) -> dict[str, RequestOutput]:
-    outputs: dict[str, RequestOutput] = {}
-    for request in requests:
-        controller.submit(request)
-    while controller.num_outstanding:
-        outputs.update(controller.advance())
-    return outputs
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} is {value!r}; it must be True or False")
+    return value
+
+
+def _path(name: str, value: Any) -> str | os.PathLike[str]:
+    if not isinstance(value, str | os.PathLike):
+        raise UsageError(f"{name} is {value!r}; it must be a path")
+    return value
+
+
+def _prompts(dataset: Any) -> Sequence[str]:
+    """The prompts of a list; a text is none, but its letters are texts."""
+    if isinstance(dataset, str | bytes | os.PathLike) or not isinstance(dataset, Iterable):
+        raise UsageError(
+            f"dataset is {type(dataset).__name__}: give a list of prompts ([prompt]), or what load_dataset returns"
+        )
+    return list(dataset)
+
+
+def _checked_sampling(sampling: Any) -> SamplingParams | None:
+    """Sampling parameters whose values are allowed.
+
+    Raises:
+        UsageError: these are none.
+        RequestError: a value is out of range.
+    """
+    if sampling is None:
+        return None
+    if not isinstance(sampling, SamplingParams):
+        raise UsageError(f"sampling is {type(sampling).__name__}; it must be a SamplingParams")
+    return sampling.validated()

@@ -64,8 +64,8 @@ class Dispatcher:
         has_stop = bool(sampling.stop or sampling.stop_token_ids)
         features = RequestFeatures(request.prompt, sampling.max_tokens, has_stop, sampling.ignore_eos, request.hint)
         self._has_news = True
+        self.balancer.add(request.key, self._demand(request, features))  # refuses a key that is in use
         self._requests[request.key] = request, features
-        self.balancer.add(request.key, self._demand(request, features))
 
     def expect_more(self, is_so: bool) -> None:
         """Whether more requests will come, beyond those submitted."""
@@ -117,6 +117,15 @@ class Dispatcher:
                 del self._requests[key]
         else:
             self.balancer.returned(replica, keys)
+
+    def abandon(self) -> None:
+        """Every request is gone, wherever it was."""
+        self._has_news = True
+        for key in self.balancer.drop_backlog():
+            del self._requests[key]
+        for key in self._requests:
+            self.balancer.finished(key)
+        self._requests.clear()
 
     def drain(self) -> None:
         """Give up what no replica has; what replicas give back from now on is given up too."""

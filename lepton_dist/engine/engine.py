@@ -118,6 +118,15 @@ class Engine:
         self._fresh -= whole
         return sorted(whole)
 
+    def abandon(self) -> None:
+        """Give up every request; what is in flight comes back to nobody."""
+        for progress in self._progress.values():
+            for sequence in progress.sequences:
+                self.scheduler.cancel(sequence)
+        self._progress.clear()
+        self._fresh.clear()
+        self._begun.clear()
+
     def take_begun(self) -> list[str]:
         """The requests that have begun since the last call."""
         begun, self._begun = self._begun, []

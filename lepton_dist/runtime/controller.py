@@ -20,6 +20,8 @@ from lepton_dist.runtime.broken_weights import broken_model
 from lepton_dist.runtime.examine import EXAMINE_TIMEOUT_S
 from lepton_dist.runtime.facts import RankFacts
 from lepton_dist.runtime.messages import (
+    Abandon,
+    Abandoned,
     Assign,
     CloseSession,
     Drain,
@@ -63,6 +65,7 @@ class Controller:
         self._finished: list[tuple[str, RequestOutput]] = []
         self._refused: dict[int, SessionRefused] = {}
         self._closed: set[int] = set()
+        self._abandoned: set[int] = set()
         self._examined: dict[int, RankFacts] = {}
 
     def open(
@@ -186,6 +189,24 @@ class Controller:
         for replica in self._require_open().plan.replicas:
             self._rank.send(replica.leader, Drain())
 
+    def abandon(self) -> None:
+        """Give up every request that is outstanding; the session stays open for others.
+
+        Raises:
+            RankLostError: a rank did not answer in time.
+        """
+        if self._blueprint is None or not self.num_outstanding:
+            return
+        self._abandoned.clear()
+        leaders = {replica.leader for replica in self._blueprint.plan.replicas}
+        for leader in leaders:
+            self._rank.send(leader, Abandon())
+        timeout_s = self._blueprint.limits.step_timeout_s + CLOSE_TIMEOUT_S
+        self._wait(lambda: leaders - self._abandoned, timeout_s, "giving up requests")
+        self._dispatcher.abandon()
+        self._soundness = self._soundness.anew()
+        self._finished.clear()
+
     def close(self) -> None:
         """Close the session on every rank; what is unfinished is given up."""
         blueprint = self._require_open()
@@ -224,6 +245,8 @@ class Controller:
         elif isinstance(message, Dropped):
             keys = [key for key in message.keys if not Soundness.is_probe(key)]
             self._dispatcher.dropped(message.replica, keys)
+        elif isinstance(message, Abandoned):
+            self._abandoned.add(self._require_open().plan.replicas[message.replica].leader)
         elif isinstance(message, SessionReady):
             self.ready[message.rank] = message
         elif isinstance(message, SessionRefused):

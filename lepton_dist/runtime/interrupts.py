@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from lepton_dist.errors import EXIT_STOPPED
@@ -39,6 +41,55 @@ class Interrupts:
         if self._leave is not None and (is_second or not self.is_orderly):
             _say(f"{self.name}: leaving at once; the same command resumes")
             self._leave()
+
+
+class Deferred:
+    """Whether an interrupt from the keyboard (SIGINT) has come and waits for a place where it can be answered."""
+
+    def __init__(self) -> None:
+        self.is_requested = False
+
+    def answer(self) -> None:
+        """Answer one that waits.
+
+        Raises:
+            Interrupted: there is one.
+        """
+        if self.is_requested:
+            self.is_requested = False
+            raise Interrupted
+
+
+class Interrupted(KeyboardInterrupt):
+    """A `KeyboardInterrupt` raised where nothing is left half done."""
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[Deferred]:
+    """Within the block the first SIGINT only waits to be answered; a second one strikes where it comes.
+
+    In the middle of a step it would leave the ranks in different places. Only the main thread gets signals: in any
+    other one nothing is deferred.
+    """
+    deferred = Deferred()
+    if threading.current_thread() is not threading.main_thread():
+        yield deferred
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if deferred.is_requested and callable(before):
+            before(number, frame)
+        deferred.is_requested = True
+
+    if not callable(before):  # ignored, or left to the system: as the script wants it
+        yield deferred
+        return
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield deferred
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def ignore_interrupts() -> None:

@@ -12,7 +12,7 @@ from lepton_dist.engine.engine import Engine
 from lepton_dist.engine.request import Request
 from lepton_dist.engine.runner import BegunStep, StageRunner, StepResult
 from lepton_dist.errors import RankLostError
-from lepton_dist.runtime.messages import CloseSession, Dropped, Finished, Measured, Message
+from lepton_dist.runtime.messages import Abandoned, CloseSession, Dropped, Finished, Measured, Message
 
 
 class Leader:
@@ -57,6 +57,11 @@ class Leader:
     def take_back(self, keys: list[str]) -> None:
         """Give back those of these requests that have not begun."""
         self._send(0, Dropped(self._replica, self._engine.drop_waiting(set(keys))))
+
+    def abandon(self) -> None:
+        """Give up every request."""
+        self._engine.abandon()
+        self._send(0, Abandoned(self._replica))
 
     def close(self) -> None:
         """Start no more steps; followers are told when those in flight are back."""

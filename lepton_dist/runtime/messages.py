@@ -96,6 +96,16 @@ class TakeBack(msgspec.Struct, tag=True):
     keys: list[str]
 
 
+class Abandon(msgspec.Struct, tag=True):
+    """To a leader: give up every request, begun or not, and tell nothing more of them. `Abandoned` answers."""
+
+
+class Abandoned(msgspec.Struct, tag=True):
+    """To rank 0: nothing more comes of what the replica had."""
+
+    replica: int
+
+
 class Dropped(msgspec.Struct, tag=True):
     """To rank 0: these requests were given back."""
 
@@ -134,6 +144,8 @@ Message = (
     | Drain
     | TakeBack
     | Dropped
+    | Abandon
+    | Abandoned
     | Measured
     | Finished
     | RunBatch

@@ -16,6 +16,7 @@ from lepton_dist.plan.document import parse_plan
 from lepton_dist.runtime.examine import examine
 from lepton_dist.runtime.leader import Leader
 from lepton_dist.runtime.messages import (
+    Abandon,
     Assign,
     CloseSession,
     Codec,
@@ -108,6 +109,8 @@ class Rank:
             self._require_leader().take_back(message.keys)
         elif isinstance(message, Drain):
             self._require_leader().drain()
+        elif isinstance(message, Abandon):
+            self._require_leader().abandon()
         elif isinstance(message, OpenSession):
             self._open_session(message)
         elif isinstance(message, CloseSession):

@@ -9,6 +9,7 @@ Time in which the process was stopped, as SLURM does to jobs that it suspends, d
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import sys
 import threading
@@ -60,6 +61,10 @@ class Watchdog:
             self._phase = phase
         self._num_fed += 1
 
+    def pause(self) -> None:
+        """Expect nothing until the next `feed`: a script that does something else makes no progress here."""
+        self._timeout_s = math.inf
+
     def disarm(self) -> None:
         """Stop watching, for good."""
         self._disarmed.set()
@@ -79,7 +84,7 @@ class Watchdog:
         hungry, seen = Stopwatch(), self._num_fed
         while True:
             if self._beat is not None:
-                self._beat(self._timeout_s + SILENCE_S)
+                self._beat(0.0 if math.isinf(self._timeout_s) else self._timeout_s + SILENCE_S)
             # At most a tick at a time: a shorter timeout may have been set meanwhile.
             if self._disarmed.wait(min(max(self._timeout_s - hungry.look(), 0.0), TICK_S)):
                 return

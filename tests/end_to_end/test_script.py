@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.end_to_end.rig import MODEL, write_rows
+from tests.end_to_end.rig import MODEL, copy_model, edit_json, write_rows
 from tests.harness import run, started
+
+SLOW = pytest.mark.slow
 
 SCRIPT = """
 import sys
@@ -76,6 +79,74 @@ def test_unsupported_settings_are_refused_by_name(tmp_path: Path) -> None:
     )
     job = run([script, MODEL])
     assert job.returncode == 0 and "pruning is not supported" in job.stdout, job.report()
+
+
+NOTEBOOK = """
+import os, signal, sys, threading
+import psutil
+from lepton_dist import LeptonInference, SamplingParams, load_dataset
+from lepton_dist.errors import LeptonError, RequestError
+
+good, bad, spoilt, rows = sys.argv[1:5]
+short, long = SamplingParams(max_tokens=2, temperature=0), SamplingParams(max_tokens=1500, ignore_eos=True)
+inference = LeptonInference(good, threads=1)
+want = inference.generate_texts(["import os\\n"], sampling=short)
+sizes = []
+for turn in range(int(sys.argv[5])):
+    stop = threading.Timer(0.1 + 0.03 * (turn % 10), lambda: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        stop.start()
+        inference.generate_texts(["def f("] * 64, sampling=long)
+        raise SystemExit("the call ended before its interrupt")
+    except KeyboardInterrupt:
+        pass
+    for model, prompts, words in (
+        (bad, ["x"], "hidden_size"), (spoilt, ["x"], "NaN"), (good, load_dataset(rows), "context"), (good, "x", "list")
+    ):
+        try:
+            inference.load_model(model)
+            inference.generate_texts(prompts, sampling=short)
+            raise SystemExit(f"{model} was taken")
+        except LeptonError as error:
+            assert words in str(error), error
+    if turn % 5 == 4:
+        inference = LeptonInference(good, threads=1)
+    inference.load_model(good)
+    assert inference.generate_texts(["import os\\n"], sampling=short) == want
+    sizes.append(psutil.Process().memory_info().rss)
+print("went on", max(sizes[len(sizes) // 2:]) - max(sizes[:len(sizes) // 2]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "turns"), [(None, 6), (2, 2), pytest.param(None, 20, marks=SLOW), pytest.param(2, 20, marks=SLOW)]
+)
+def test_a_session_goes_on_after_interrupts_errors_and_bad_models(
+    ranks: int | None, turns: int, tmp_path: Path
+) -> None:
+    """What a notebook does all day: it stops a call, names a wrong model, and then asks the same object again."""
+    bad, spoilt = copy_model(tmp_path / "bad"), copy_model(tmp_path / "spoilt")
+    edit_json(bad / "config.json", hidden_size="many")
+    spoil_norm(spoilt)
+    rows = write_rows(tmp_path / "in.jsonl", [{"prompt": "x"}, {"prompt_token_ids": [5] * 3000}])
+    script = tmp_path / "script.py"
+    script.write_text(NOTEBOOK)
+    job = run([script, MODEL, bad, spoilt, rows, str(turns)], ranks=ranks, seconds=600)
+    assert job.returncode == 0 and not job.left, job.report()
+    assert "went on" in job.stdout, job.report()
+    if turns == 20:
+        assert int(job.stdout.split()[-1]) < 32 << 20, job.report()  # memory is flat: a model of it is 22 MB
+
+
+def spoil_norm(model: Path) -> None:
+    """Put a NaN into the last norm of a copy of the model: it has no numbers for any prompt."""
+    path = model / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    norm = json.loads(data[8 : 8 + length])["model.norm.weight"]
+    start = 8 + length + norm["data_offsets"][0]
+    data[start : start + 4] = b"\xc0\x7f\xc0\x7f" if norm["dtype"] == "BF16" else b"\x00\x00\xc0\x7f"
+    path.write_bytes(data)
 
 
 def test_an_idle_rank_uses_under_3_per_cent_of_a_core(tmp_path: Path) -> None:
