@@ -80,11 +80,20 @@ class MpiFabric:
         self._patience, self._is_ours = patience, is_ours
         self._roll_call = RollCall(self._comm.Dup(), self.hosts, patience)
         self._windows: list[ShmWindow] = []
+        self._links: dict[tuple[tuple[int, ...], str], Links] = {}
 
     def connect(self, members: Sequence[int], name: str) -> Links:
-        """See `Fabric`."""
-        what = f"the opening of group {name!r}"
-        self._roll_call.meet(members, what)
+        """See `Fabric`. Members that come again under the same name get what connected them before.
+
+        So a script that opens one session after another takes no more shared memory and no more communicators.
+        """
+        self._roll_call.meet(members, f"the opening of group {name!r}")
+        key = tuple(members), name
+        if key not in self._links:
+            self._links[key] = self._connect(members, name)
+        return self._links[key]
+
+    def _connect(self, members: Sequence[int], name: str) -> Links:
         group = self._comm.Get_group().Incl(list(members))
         # The tag tells apart groups that overlapping sets of ranks open at the same time.
         comm = self._comm.Create_group(group, zlib.crc32(name.encode()) % 32768)
