@@ -10,6 +10,7 @@ LeptonError                     70  a fault of ours or of the machine
   RequestError                   3  one input row is wrong; the others go on
   StoppedEarly                  75  stopped by a signal or a full disk; start again to resume
   RankLostError                 70  a rank died, is wedged, or did not answer before a deadline
+  GradientError                 70  autograd asks for a gradient of what has none; a TypeError too
 """
 
 from __future__ import annotations
@@ -81,3 +82,7 @@ class StoppedEarly(LeptonError):
 
 class RankLostError(LeptonError):
     """A rank died, is wedged, or did not answer before its deadline."""
+
+
+class GradientError(LeptonError, TypeError):
+    """A tensor requires a gradient, and what it is given to cannot pass one on."""

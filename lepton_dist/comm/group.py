@@ -13,6 +13,7 @@ from torch import Tensor
 from lepton_dist.comm.select import Choice, Table, default_table
 from lepton_dist.comm.tensors import ReduceOp, check_movable, check_reducible
 from lepton_dist.comm.transport import AllReduceRoutine, Handle, Links, PointToPoint, Transport
+from lepton_dist.errors import GradientError
 
 # Routines that are kept, one for each (dtype, shape, op); beyond this many shapes they are made anew.
 _MAX_ROUTINES = 512
@@ -26,6 +27,7 @@ class Group:
     carries them. Every member calls the same operations in the same order, with tensors of the same shape and dtype.
     Reductions combine in the order of ranks (NCCL's in its own), keep sums of 16-bit floats in float32 and round once,
     and give the same bits on every rank. Every wait ends with a `RankLostError` when the world's patience is over.
+    Autograd does not see through them: a tensor that requires a gradient is refused with a `GradientError`.
     `num_nodes` counts the nodes that the members lie on.
     """
 
@@ -89,6 +91,7 @@ class Group:
         """
         if self.size == 1:
             return tensor
+        _refuse_gradient(tensor, "all_reduce")
         shape = tensor.shape
         if not tensor.is_cpu:
             routine = self._gpu_all_reduce_routine(tensor, op)
@@ -246,6 +249,7 @@ class Group:
         return messages
 
     def _check_movable(self, tensor: Tensor, operation: str) -> None:
+        _refuse_gradient(tensor, operation)
         check_movable(tensor, operation, has_gpu=self._gpu is not None)
 
     def _check_rows(self, tensor: Tensor, operation: str) -> None:
@@ -267,6 +271,15 @@ class Group:
             raise ValueError(f"{what}={rank} is this rank itself in group {self.name!r}: keep the tensor instead")
         if not 0 <= tag <= MAX_TAG:
             raise ValueError(f"tag {tag} is outside 0..{MAX_TAG}")
+
+
+def _refuse_gradient(tensor: Tensor, operation: str) -> None:
+    """What comes back would look like a constant to autograd."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise GradientError(
+            f"{operation} passes no gradient on, and the tensor {tuple(tensor.shape)} requires one: call it within a "
+            "torch.autograd.Function that has a backward, on tensor.detach(), or under torch.no_grad()"
+        )
 
 
 def _nothing(tensor: Tensor) -> None:

@@ -17,7 +17,6 @@ from torch.nn import functional
 
 from lepton_dist.kernels.cpu import paged, pointwise
 from lepton_dist.kernels.cpu.paged import PagedTasks
-from lepton_dist.kernels.cpu.tensors import has_heads_side_by_side
 from lepton_dist.kernels.cuda.library import fused_kernels_for
 from lepton_dist.kernels.rope import rotate
 from lepton_dist.kernels.upload import upload
@@ -146,9 +145,7 @@ def write_cache(
     keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> None:
     """Put key and value [tokens, kv_heads, head_dim] into slots [tokens] of the arenas, converting to their dtype."""
-    library = pointwise.library_for(key, keys)
-    if library is not None and key.stride() == value.stride() and has_heads_side_by_side(key):
-        pointwise.write_cache(library, keys, values, slots, key, value)
+    if pointwise.write_cache(keys, values, slots, key, value):
         return
     for arena, new in ((keys, key), (values, value)):
         arena[slots // arena.shape[2], :, slots % arena.shape[2]] = new.to(arena.dtype)
@@ -184,13 +181,12 @@ def paged_attention(
 
     Softmax and sums in float32; scale 1 / sqrt(head_dim).
     """
-    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    if paged.can_attend(query, keys):
-        batch.tasks(query.shape[1] // keys.shape[1]).attend(query, keys, values, output, window)
-        return output
+    if paged.can_attend(query, keys, values):
+        return batch.tasks(query.shape[1] // keys.shape[1]).attend(query, keys, values, window)
     decodes = batch.decodes
     if decodes is not None and decodes.rows is None:
         return _decode(query, keys, values, decodes, window)
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if decodes is not None:
         output[decodes.rows] = _decode(query[decodes.rows], keys, values, decodes, window)
     for prefill in batch.prefills:

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from lepton_dist.kernels.cpu.matmul import NativeProduct, PanelWeight
 from lepton_dist.kernels.cpu.panels import panel_kind
+from lepton_dist.kernels.gradients import needs_gradient, refuse_gradient
 from lepton_dist.kernels.quantized import RoundedWeight
 from lepton_dist.kernels.widening import widened_product
 from lepton_dist.plan.precision import QUANTIZED
@@ -58,7 +59,7 @@ class DenseWeight:
     def matmul(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """As `Weight.matmul`."""
         dtype = dtype or x.dtype
-        if self._is_slow and x.shape[0] > _FEW_ROWS:
+        if self._is_slow and x.shape[0] > _FEW_ROWS and not needs_gradient(x, self._weight):
             return widened_product(x, self.out_features, lambda rows, wide: wide.copy_(self._weight[rows])).to(dtype)
         return functional.linear(x, self._weight).to(dtype)
 
@@ -76,7 +77,12 @@ class PackedWeight:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
 
     def matmul(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """As `Weight.matmul`; `x` is bfloat16."""
+        """As `Weight.matmul`; `x` is bfloat16.
+
+        Raises:
+            GradientError: autograd follows `x`.
+        """
+        refuse_gradient(x, "a product with packed weights", "keep the weights as plain matrices to train (DenseWeight)")
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
         return product.to(dtype or x.dtype)
 

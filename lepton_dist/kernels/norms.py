@@ -11,10 +11,9 @@ from lepton_dist.kernels.cuda.library import fused_kernels_for
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
     """Root mean square norm (arXiv:1910.07467): [..., dim] of any float dtype -> `dtype`; weight float32 [dim]."""
-    is_plain = x.dim() == 2 and x.dtype == torch.float32 and x.is_contiguous()
-    if is_plain and (library := pointwise.library_for(x)) is not None:
-        return pointwise.rms_norm(library, x, None, weight, eps, dtype)
-    if is_plain and (fused := fused_kernels_for(x)) is not None:
+    if (y := pointwise.rms_norm(x, None, weight, eps, dtype)) is not None:
+        return y
+    if _is_stream(x) and (fused := fused_kernels_for(x, weight)) is not None:
         normed: torch.Tensor = fused.add_rms_norm(x, None, weight, eps, dtype)
         return normed
     return functional.rms_norm(x.float(), weight.shape, weight, eps).to(dtype)
@@ -24,14 +23,18 @@ def add_rms_norm(
     hidden: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype
 ) -> torch.Tensor:
     """hidden float32 [tokens, dim] += delta, in place; then its `rms_norm`."""
-    library = pointwise.library_for(hidden, delta)
-    if library is not None and delta.dtype == dtype and delta.is_contiguous():
-        return pointwise.rms_norm(library, hidden, delta, weight, eps, dtype)
-    if hidden.is_contiguous() and (fused := fused_kernels_for(hidden, delta)) is not None:
+    if (y := pointwise.rms_norm(hidden, delta, weight, eps, dtype)) is not None:
+        return y
+    is_plain = _is_stream(hidden) and delta.shape == hidden.shape
+    if is_plain and (fused := fused_kernels_for(hidden, delta, weight)) is not None:
         normed: torch.Tensor = fused.add_rms_norm(hidden, delta, weight, eps, dtype)
         return normed
     hidden += delta
     return rms_norm(hidden, weight, eps, dtype)
+
+
+def _is_stream(x: torch.Tensor) -> bool:
+    return x.dim() == 2 and x.dtype == torch.float32 and x.is_contiguous()
 
 
 def layer_norm(

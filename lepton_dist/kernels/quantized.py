@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from lepton_dist.kernels.gradients import needs_gradient
 from lepton_dist.kernels.widening import widened_product
 from lepton_dist.plan.precision import INT4_GROUPS
 
@@ -59,9 +60,10 @@ class RoundedWeight:
     def matmul(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """As `Weight.matmul`."""
         dtype = dtype or x.dtype
-        if not x.is_cpu:
+        if not x.is_cpu or needs_gradient(x):
             return functional.linear(x, self.dense(x.dtype)).to(dtype)
-        if self._ones is not None and x.dtype == torch.bfloat16 and x.shape[0] <= _FEW_ROWS:
+        has_width = x.dim() == 2 and x.shape[1] == self.in_features
+        if self._ones is not None and x.dtype == torch.bfloat16 and has_width and x.shape[0] <= _FEW_ROWS:
             # It takes scales in bfloat16 only: ours are not rounded, and come after it.
             aligned = (
                 x if x.is_contiguous() and x.data_ptr() % 64 == 0 else x.clone(memory_format=torch.contiguous_format)

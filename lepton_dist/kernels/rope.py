@@ -13,8 +13,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     x [tokens, heads, head_dim] of any float dtype; cos, sin float32 [tokens, 1, dim / 2]. Computed in float32.
     """
     half = cos.shape[-1]
-    if pointwise.can_rotate(x, half) and (library := pointwise.library_for(x)) is not None:
-        pointwise.rotate(library, x, cos, sin)
+    if pointwise.rotate(x, cos, sin):
         return x
     first, second = x[..., :half].float(), x[..., half : 2 * half].float()
     rotated = torch.empty_like(x)

@@ -12,7 +12,7 @@ def row_maxima(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     The largest is NaN where a score is.
     """
-    if scores.is_contiguous() and (library := pointwise.library_for(scores)) is not None:
-        return pointwise.arg_max(library, scores)
+    if (found := pointwise.arg_max(scores)) is not None:
+        return found
     values, indices = scores.max(dim=1)
     return values, indices

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from lepton_dist.kernels.attention import PagedBatch, paged_attention
 from lepton_dist.kernels.cuda.library import fused_kernels_for
+from lepton_dist.kernels.gradients import needs_gradient
 from lepton_dist.kernels.linear import DenseWeight
 from lepton_dist.model.layers import Angles, Attention, Linear, Mlp, Norm
 
@@ -34,7 +35,7 @@ class FusedLayer:
 
     def can_run(self, hidden: torch.Tensor, batch: PagedBatch) -> bool:
         """Whether these are few tokens, each of a sequence of its own."""
-        if not (hidden.shape[0] <= self.products.MOST_TOKENS and hidden.is_contiguous()):
+        if hidden.shape[0] > self.products.MOST_TOKENS or not hidden.is_contiguous() or needs_gradient(hidden):
             return False
         decodes = batch.decodes
         return decodes is not None and decodes.rows is None

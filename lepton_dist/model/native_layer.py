@@ -27,10 +27,22 @@ def native_layer(
         ffn=mlp.down.weight.in_features,
         window=attention.window,
     )
-    if not NativeLayer.takes(sizes, attention_norm.dtype, rotated):
+    if not _fit(linears, sizes) or not NativeLayer.takes(sizes, attention_norm.dtype, rotated):
         return None
     norms = LayerNorms(attention_norm.weight, attention_norm.eps, mlp_norm.weight, mlp_norm.eps)
     return NativeLayer(sizes, norms, products, attention_norm.dtype)
+
+
+def _fit(linears: dict[str, Linear], sizes: LayerSizes) -> bool:
+    """Whether the matrices are as large as the sizes that were taken from some of them want them."""
+    width, heads = sizes.head_dim, sizes.heads
+    wanted = {
+        "qkv": ((heads + 2 * sizes.kv_heads) * width, sizes.hidden),
+        "output": (sizes.hidden, heads * width),
+        "up": (2 * sizes.ffn, sizes.hidden),
+        "down": (sizes.hidden, sizes.ffn),
+    }
+    return all((linears[name].weight.out_features, linears[name].weight.in_features) == wanted[name] for name in wanted)
 
 
 def _products(linears: dict[str, Linear]) -> dict[str, NativeProduct] | None:

@@ -18,6 +18,7 @@ from lepton_dist.engine.decode_graphs import DecodeGraphs, bucket_sizes, graph_p
 from lepton_dist.engine.kv_cache import KvCache
 from lepton_dist.engine.runner import StageRunner
 from lepton_dist.errors import LeptonError
+from lepton_dist.kernels.cpu.native import native_problem
 from lepton_dist.parallel.load import load_seat
 from lepton_dist.parallel.requirements import weight_bytes
 from lepton_dist.parallel.stage import ParallelStage, StageLink, build_stage, open_hops, stage_group
@@ -144,7 +145,7 @@ class _Opening:
         with self._told_of_memory(f"a KV cache of {blocks * self.geometry.block_bytes} bytes"):
             cache = KvCache(self.geometry, blocks, devices.device)
         if devices.device.type == "cpu":
-            return StageRunner(stage, cache), []
+            return StageRunner(stage, cache), [problem] if (problem := native_problem()) else []
         problem = graph_problem(stage, devices)
         if problem:
             return StageRunner(stage, cache, devices), [f"decode steps run without CUDA graphs: {problem}"]

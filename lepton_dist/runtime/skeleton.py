@@ -19,8 +19,9 @@ from lepton_dist.engine.request import Request, Sequence
 from lepton_dist.engine.runner import StageRunner, StepResult
 from lepton_dist.engine.scheduler import Chunk
 from lepton_dist.kernels.activations import ACTIVATIONS
-from lepton_dist.kernels.cpu.matmul import MatmulCall, native_product
+from lepton_dist.kernels.cpu.matmul import native_product
 from lepton_dist.kernels.cpu.native import native_library
+from lepton_dist.kernels.cpu.structures import MatmulCall
 from lepton_dist.model.config import RopeConfig
 from lepton_dist.model.decoder import Decoder, Head
 from lepton_dist.model.decoder_layer import DecoderLayer, make_layer

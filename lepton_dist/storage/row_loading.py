@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from threading import Thread
 
 from lepton_dist.errors import CheckpointError
+from lepton_dist.kernels.cpu import structures
 from lepton_dist.kernels.cpu.native import KINDS, address_of, native_library
-from lepton_dist.kernels.cpu.panels import PanelPlace, Panels
+from lepton_dist.kernels.cpu.panels import Panels
 from lepton_dist.plan.axes import Span
 from lepton_dist.storage.index import StoredTensor
 from lepton_dist.storage.weight_files import WeightFiles, truncated, unreadable
@@ -31,29 +32,6 @@ class RowRun:
     first: int
 
 
-class _RowRun(ctypes.Structure):
-    """`struct row_run` of load_rows.c."""
-
-    _fields_ = (
-        ("pack", ctypes.c_void_p),
-        ("to", PanelPlace),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("kind", "file", "offset", "row_bytes", "skipped", "kept", "first", "rows", "step")
-        ),
-        ("pieces_before", ctypes.c_int64),
-    )
-
-
-class _RowLoading(ctypes.Structure):
-    """`struct row_loading` of load_rows.c."""
-
-    _fields_ = (
-        ("runs", ctypes.POINTER(_RowRun)),
-        *((name, ctypes.c_int64) for name in ("num_runs", "num_pieces", "next", "failed", "error")),
-    )
-
-
 class RowLoading:
     """Runs of rows on their way into panels, in their order; close it.
 
@@ -65,7 +43,7 @@ class RowLoading:
         self._runs = [run for run, _ in runs]
         self._files = WeightFiles()
         self._thread: Thread | None = None
-        self._targets = (_RowRun * len(runs))()
+        self._targets = (structures.RowRun * len(runs))()
         pieces = 0
         try:
             for target, (run, panels) in zip(self._targets, runs, strict=True):
@@ -75,7 +53,7 @@ class RowLoading:
         except CheckpointError:
             self._files.close()
             raise
-        self._state = _RowLoading(self._targets, len(runs), pieces, failed=-1)
+        self._state = structures.RowLoading(self._targets, len(runs), pieces, failed=-1)
 
     @property
     def done(self) -> float:
@@ -119,7 +97,7 @@ class RowLoading:
         if thread is not None:
             thread.join()
 
-    def _describe(self, target: _RowRun, run: RowRun, panels: Panels) -> None:
+    def _describe(self, target: structures.RowRun, run: RowRun, panels: Panels) -> None:
         stored, itemsize = run.stored, run.stored.itemsize
         row_bytes = stored.shape[1] * itemsize
         target.pack, target.to, target.kind = address_of(panels.kernels.pack), panels.place, KINDS[stored.dtype]

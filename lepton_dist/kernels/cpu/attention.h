@@ -2,25 +2,12 @@
 #ifndef LEPTON_ATTENTION_H
 #define LEPTON_ATTENTION_H
 
+#include "structures.h"
 #include "vector.h"
 
 #define KEYS 16 /* keys whose scores are held at a time */
 #define MAX_DIM 256
 #define MAX_ROWS 32 /* query tokens x query heads of a task */
-
-/* What a call works on; strides are in elements. A kind of 0 is float32, 1 is bfloat16. */
-struct paged_call {
-    const void *query;           /* [tokens, heads, dim] */
-    const void *keys, *values;   /* [blocks, kv_heads, block_tokens, dim] */
-    void *output;                /* [tokens, heads, dim], contiguous */
-    const int64_t *tasks;        /* [num_tasks, 4]: first row, rows, keys that the first row sees, its block table */
-    const int64_t *tables;       /* [sequences, table_width] blocks */
-    int64_t num_tasks, table_width, block_tokens, heads, kv_heads, dim, kind, cache_kind;
-    int64_t query_stride;        /* from one token to the next */
-    int64_t window;              /* keys that a token sees at most; 0 for all before it */
-    int64_t threads;
-    int64_t level;               /* enum vector_level: the instructions to use */
-};
 
 /* The sums of four vectors. */
 INLINE TARGET __m128 sums_of(__m256 a, __m256 b, __m256 c, __m256 d) {

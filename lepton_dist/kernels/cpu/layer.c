@@ -4,70 +4,58 @@
  */
 #if defined(__x86_64__)
 #include "attention.h"
-#include "matmul.h"
+#include "scratch.h"
+#include "structures.h"
+#include "vector.h"
 #include "pointwise.h"
 
 int lepton_paged_attention(const struct paged_call *c);
 
-/* One matmul kernel, and what it needs to know of its weights. */
-struct product {
-    int (*matmul)(const struct matmul_call *);
-    const struct matmul_call *call;
-};
+/* x [rows, in], rows `x_stride` apart, times a weight -> y. The weight's call is only read: several threads may multiply with
+   one weight. As the matmul returns. */
+int lepton_multiply(const struct multiply_arguments *a) {
+    struct matmul_call c = *a->weight;
+    c.x = a->x, c.y = a->y, c.rows = a->rows, c.threads = a->threads;
+    c.x_stride = a->x_stride, c.y_stride = c.out, c.x_kind = a->x_kind, c.y_kind = a->y_kind;
+    return a->rows < 1 ? 0 : a->matmul(&c);
+}
 
-struct layer {
-    struct product qkv, output, up, down;
-    const float *attention_norm, *mlp_norm;
-    int64_t hidden, heads, kv_heads, dim, ffn, kind, window;
-    float attention_eps, mlp_eps;
-};
-
-/* Where a batch goes in the cache, and the rotations of its tokens: cos and sin float32 [rows, half]. */
-struct places {
-    const float *cos, *sin;
-    const int64_t *slots;
-    const struct paged_call *tasks; /* all but the tensors */
-    void *keys, *values;
-    int64_t half, block_tokens, cache_kind;
-};
-
-/* x [rows, in] times the weights -> y [rows, out], both of the kind. */
 static int multiply(const struct product *p, const void *x, void *y, int64_t rows, int64_t kind, int64_t threads) {
-    struct matmul_call c = *p->call;
-    c.x = x, c.y = y, c.rows = rows, c.threads = threads;
-    c.x_stride = c.in, c.y_stride = c.out, c.x_kind = c.y_kind = kind;
-    return p->matmul(&c);
+    const struct multiply_arguments a = {p->matmul, p->call, x, y, rows, p->call->in, kind, kind, threads};
+    return lepton_multiply(&a);
 }
 
 /* hidden float32 [rows, hidden] += delta, where there is one; then norm, attention and the output's matmul -> result
-   [rows, hidden] of the kind. 0, or 1 when there is no memory. */
-int lepton_attention_half(
-    const struct layer *l, const struct places *at, float *hidden, const void *delta, void *result, int64_t rows, int64_t threads
-) {
-    const int64_t size = l->kind ? 2 : 4, queries = l->heads * l->dim, keys = l->kv_heads * l->dim;
-    const int64_t stride = queries + 2 * keys;
-    char *normed = scratch(ACTIVATIONS, rows * (l->hidden + stride + queries) * size);
+   [rows, hidden]. 0, or 1 when there is no memory, 2 where a slot is outside of the arenas. */
+int lepton_attention_half(const struct half_arguments *a) {
+    const struct layer *l = a->layer;
+    const int64_t size = l->kind ? 2 : 4, queries = l->heads * l->dim, width = l->kv_heads * l->dim, rows = a->rows;
+    const int64_t stride = queries + 2 * width, threads = a->threads;
+    char *normed = lepton_scratch(ACTIVATIONS, rows * (l->hidden + stride + queries) * size);
     if (normed == NULL) return 1;
     char *qkv = normed + rows * l->hidden * size, *mixed = qkv + rows * stride * size;
-    lepton_rms_norm(hidden, delta, l->attention_norm, normed, rows, l->hidden, l->kind, l->attention_eps, threads);
+    lepton_rms_norm(a->hidden, a->delta, l->attention_norm, normed, rows, l->hidden, l->kind, l->attention_eps, threads);
     if (multiply(&l->qkv, normed, qkv, rows, l->kind, threads)) return 1;
-    lepton_rotate(qkv, at->cos, at->sin, rows, l->heads + l->kv_heads, l->dim, at->half, stride, l->kind, threads);
-    const char *key = qkv + queries * size, *value = key + keys * size;
-    lepton_write_cache(
-        key, value, at->slots, at->keys, at->values, rows, l->kv_heads, l->dim, at->block_tokens, stride, l->kind,
-        at->cache_kind, threads
-    );
-    struct paged_call c = *at->tasks;
-    c.query = qkv, c.keys = at->keys, c.values = at->values, c.output = mixed;
-    c.heads = l->heads, c.kv_heads = l->kv_heads, c.dim = l->dim, c.block_tokens = at->block_tokens;
-    c.kind = l->kind, c.cache_kind = at->cache_kind, c.query_stride = stride, c.window = l->window;
-    return lepton_paged_attention(&c) || multiply(&l->output, mixed, result, rows, l->kind, threads);
+    lepton_rotate(qkv, a->cos, a->sin, rows, l->heads + l->kv_heads, l->dim, a->half, stride, l->kind, threads);
+    const char *key = qkv + queries * size, *value = key + width * size;
+    if (lepton_write_cache(
+            key, value, a->slots, a->keys, a->values, rows, l->kv_heads, l->dim, a->block_tokens, a->blocks, stride, l->kind,
+            a->cache_kind, threads
+        ))
+        return 2;
+    const struct paged_call c = {
+        .query = qkv, .keys = a->keys, .values = a->values, .output = mixed, .tasks = a->tasks, .tables = a->tables,
+        .num_tasks = a->num_tasks, .table_width = a->table_width, .block_tokens = a->block_tokens, .heads = l->heads,
+        .kv_heads = l->kv_heads, .dim = l->dim, .kind = l->kind, .cache_kind = a->cache_kind, .query_stride = stride,
+        .window = l->window, .threads = threads, .level = a->level,
+    };
+    return lepton_paged_attention(&c) || multiply(&l->output, mixed, a->result, rows, l->kind, threads);
 }
 
 /* hidden += delta; then norm and the gated MLP -> result, as above; result may be delta. */
 int lepton_mlp_half(const struct layer *l, float *hidden, const void *delta, void *result, int64_t rows, int64_t threads) {
     const int64_t size = l->kind ? 2 : 4;
-    char *normed = scratch(ACTIVATIONS, rows * (l->hidden + 3 * l->ffn) * size);
+    char *normed = lepton_scratch(ACTIVATIONS, rows * (l->hidden + 3 * l->ffn) * size);
     if (normed == NULL) return 1;
     char *inner = normed + rows * l->hidden * size, *gated = inner + rows * 2 * l->ffn * size;
     lepton_rms_norm(hidden, delta, l->mlp_norm, normed, rows, l->hidden, l->kind, l->mlp_eps, threads);

@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import ref
 
 import torch
 
 from lepton_dist.kernels.cpu.matmul import NativeProduct
 from lepton_dist.kernels.cpu.native import native_library
 from lepton_dist.kernels.cpu.paged import PagedTasks, can_attend_with
-from lepton_dist.kernels.cpu.pointwise import MAX_HALF
-from lepton_dist.kernels.cpu.tensors import KINDS
-
-PRODUCTS = ("qkv", "output", "up", "down")
-"""The matmuls of a layer."""
-
-
-class _Layer(ctypes.Structure):
-    """`struct layer` of layer.c."""
-
-    _fields_ = (
-        *((f"{name}_{part}", ctypes.c_void_p) for name in PRODUCTS for part in ("matmul", "call")),
-        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm")),
-        *((name, ctypes.c_int64) for name in ("hidden", "heads", "kv_heads", "dim", "ffn", "kind", "window")),
-        *((name, ctypes.c_float) for name in ("attention_eps", "mlp_eps")),
-    )
-
-
-class _Places(ctypes.Structure):
-    """`struct places` of layer.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("cos", "sin", "slots", "tasks", "keys", "values")),
-        *((name, ctypes.c_int64) for name in ("half", "block_tokens", "cache_kind")),
-    )
+from lepton_dist.kernels.cpu.pointwise import MAX_HALF, are_arenas
+from lepton_dist.kernels.cpu.structures import Layer, pack_half
+from lepton_dist.kernels.cpu.tensors import KINDS, is_dense
+from lepton_dist.kernels.gradients import refuse_gradient
 
 
 class CachePlaces(Protocol):
@@ -84,9 +65,13 @@ class NativeLayer:
         if library is None:
             raise RuntimeError("the compiled kernels are not there: ask `native_library` first")
         self._attention, self._mlp = library.lepton_attention_half, library.lepton_mlp_half
+        for weight in (norms.attention, norms.mlp):
+            if not is_dense(weight, torch.float32, sizes.hidden):
+                found = f"{weight.dtype} {tuple(weight.shape)}"
+                raise ValueError(f"a layer of {sizes.hidden} channels takes norms of float32, not {found}")
         self._kept = norms, products  # whose memory the structure points to
-        self._group, self._dtype, self._places = sizes.heads // sizes.kv_heads, dtype, _Places()
-        self._layer = _Layer(
+        self._sizes, self._group, self._dtype = sizes, sizes.heads // sizes.kv_heads, dtype
+        self._layer = Layer(
             **{f"{name}_matmul": product.function for name, product in products.items()},
             **{f"{name}_call": product.call for name, product in products.items()},
             attention_norm=norms.attention.data_ptr(),
@@ -101,7 +86,8 @@ class NativeLayer:
             attention_eps=norms.attention_eps,
             mlp_eps=norms.mlp_eps,
         )
-        self._address, self._places_address = ctypes.addressof(self._layer), ctypes.addressof(self._places)
+        self._address = ctypes.addressof(self._layer)
+        self._known: tuple[Callable[[], torch.Tensor | None], Callable[[], torch.Tensor | None]] = (_none, _none)
 
     @staticmethod
     def takes(sizes: LayerSizes, dtype: torch.dtype, rotated: int) -> bool:
@@ -110,10 +96,18 @@ class NativeLayer:
         heads = sizes.heads, sizes.kv_heads, sizes.head_dim
         return dtype in KINDS and is_whole and rotated <= 2 * MAX_HALF and can_attend_with(*heads)
 
-    @staticmethod
-    def can_enter(arenas: tuple[torch.Tensor, torch.Tensor]) -> bool:
-        """Whether the kernels take keys and values of this dtype."""
-        return arenas[0].dtype in KINDS
+    def can_enter(self, arenas: tuple[torch.Tensor, torch.Tensor]) -> bool:
+        """Whether the kernels take these keys and values."""
+        keys, values = arenas
+        known_keys, known_values = self._known
+        if keys is known_keys() and values is known_values():
+            return True
+        sizes = self._sizes
+        fits = keys.dim() == 4 and keys.shape[1] == sizes.kv_heads and keys.shape[3] == sizes.head_dim
+        if not fits or keys.dtype not in KINDS or not are_arenas(keys, values):
+            return False
+        self._known = ref(keys), ref(values)  # the same in every step
+        return True
 
     def attention(
         self,
@@ -126,24 +120,73 @@ class NativeLayer:
         """hidden float32 [tokens, hidden] += delta, in place -> what attention adds, still to be summed over ranks.
 
         angles: cos and sin float32 [tokens, 1, dim / 2]; arenas: keys and values of the layer that it `can_enter`.
+
+        Raises:
+            ValueError: a tensor is not as it must be.
+            GradientError: autograd follows `hidden`.
         """
+        rows = self._check(hidden, delta)
+        (cos, sin), (keys, values), slots = angles, arenas, places.slots
+        half, (blocks, _, block_tokens, _) = cos.shape[-1], keys.shape
+        tasks = places.tasks(self._group)
+        if not tasks.knows(rows, cos, sin, slots) or 2 * half > self._sizes.head_dim:
+            raise ValueError(
+                f"a layer of {rows} rows was given angles {tuple(cos.shape)} of {cos.dtype} for heads of "
+                f"{self._sizes.head_dim}, and slots {tuple(slots.shape)} of {slots.dtype}"
+            )
         result = torch.empty(hidden.shape, dtype=self._dtype)
-        at, (cos, sin), (keys, values) = self._places, angles, arenas
-        at.cos, at.sin, at.slots = cos.data_ptr(), sin.data_ptr(), places.slots.data_ptr()
-        at.tasks, at.keys, at.values = places.tasks(self._group).address, keys.data_ptr(), values.data_ptr()
-        at.half, at.block_tokens, at.cache_kind = cos.shape[-1], keys.shape[2], KINDS[keys.dtype]
-        before = None if delta is None else delta.data_ptr()
-        rest = hidden.data_ptr(), before, result.data_ptr(), hidden.shape[0], torch.get_num_threads()
-        if self._attention(self._address, self._places_address, *rest):
-            raise _no_memory(hidden)
+        arguments = pack_half(
+            self._address,
+            hidden.data_ptr(),
+            0 if delta is None else delta.data_ptr(),
+            result.data_ptr(),
+            rows,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            half,
+            slots.data_ptr(),
+            *tasks.for_shapes(rows, blocks, block_tokens),
+            keys.data_ptr(),
+            values.data_ptr(),
+            blocks,
+            block_tokens,
+            KINDS[keys.dtype],
+            torch.get_num_threads(),
+        )
+        if problem := self._attention(arguments):
+            raise _no_memory(hidden) if problem == 1 else IndexError(f"a slot is outside of the {blocks} blocks")
         return result
 
     def mlp(self, hidden: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        """hidden += delta, in place -> what the MLP adds, still to be summed over ranks, in the place of `delta`."""
-        place = delta.data_ptr()
-        if self._mlp(self._address, hidden.data_ptr(), place, place, hidden.shape[0], torch.get_num_threads()):
+        """hidden += delta, in place -> what the MLP adds, still to be summed over ranks, in the place of `delta`.
+
+        Raises:
+            ValueError: a tensor is not as it must be.
+            GradientError: autograd follows `hidden`.
+        """
+        rows, place = self._check(hidden, delta), delta.data_ptr()
+        if self._mlp(self._address, hidden.data_ptr(), place, place, rows, torch.get_num_threads()):
             raise _no_memory(hidden)
         return delta
+
+    def _check(self, hidden: torch.Tensor, delta: torch.Tensor | None) -> int:
+        shape = hidden.shape
+        fits = len(shape) == 2 and shape[1] == self._sizes.hidden and hidden.is_contiguous() and hidden.is_cpu
+        if fits and delta is not None:
+            fits = delta.dtype == self._dtype and delta.is_contiguous() and delta.shape == shape and delta.is_cpu
+        if not fits or hidden.dtype != torch.float32:
+            raise ValueError(
+                f"a layer of {self._sizes.hidden} channels takes contiguous float32 [tokens, channels] on the CPU and "
+                f"adds as many of {self._dtype}; it was given {hidden.dtype} {tuple(hidden.shape)}"
+                + ("" if delta is None else f" and {delta.dtype} {tuple(delta.shape)}")
+            )
+        if hidden.requires_grad:
+            refuse_gradient(hidden, "a layer in two calls", "set `native` to None to train")
+        return shape[0]
+
+
+def _none() -> None:
+    """No tensor is known yet."""
 
 
 def _no_memory(hidden: torch.Tensor) -> MemoryError:

@@ -8,26 +8,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "panels.h"
-
-/* Rows that lie behind one another in a file. */
-struct row_run {
-    pack_function *pack;
-    struct panels to;
-    int64_t kind;
-    int64_t file, offset;             /* its descriptor, and where the first row begins */
-    int64_t row_bytes, skipped, kept; /* of a stored row: all of it, what lies before the wanted columns, and those */
-    int64_t first, rows, step;        /* the output feature of the first, how many, and how many at once */
-    int64_t pieces_before;            /* those of the runs before it */
-};
-
-struct row_loading {
-    const struct row_run *runs;
-    int64_t num_runs, num_pieces;
-    int64_t next;   /* piece that nobody has taken */
-    int64_t failed; /* a run that could not be read, or -1 */
-    int64_t error;  /* errno, or 0 where its file ends early */
-};
+#include "structures.h"
 
 /* Returns 0, a system error's number, or -1 where the file ends before. */
 static int fetch(int file, char *to, int64_t bytes, int64_t offset) {
@@ -68,7 +49,7 @@ void lepton_load_rows(struct row_loading *l, int64_t threads) {
         if (l->runs[i].step * l->runs[i].row_bytes > most) most = l->runs[i].step * l->runs[i].row_bytes;
 #pragma omp parallel num_threads(threads)
     {
-        char *buffer = malloc((size_t)most);
+        char *buffer = malloc((size_t)(most > 0 ? most : 1));
         int64_t number = 0, piece;
         if (buffer == NULL) give_up(l, 0, ENOMEM);
         while ((piece = __atomic_fetch_add(&l->next, 1, __ATOMIC_RELAXED)) < l->num_pieces) {

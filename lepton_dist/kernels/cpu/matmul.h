@@ -2,7 +2,8 @@
 #ifndef LEPTON_MATMUL_H
 #define LEPTON_MATMUL_H
 
-#include "panels.h"
+#include "scratch.h"
+#include "structures.h"
 #include "vector.h"
 
 #ifndef PANEL            /* output features that a kernel computes together: two vectors of floats */
@@ -15,33 +16,8 @@
 #define READ_AHEAD_ROWS 6 /* of x from which weights are asked for ahead of need: fewer wait for memory all the time */
 #define READ_AHEAD 7168   /* bytes of weights, by measurement: nearer ones come too late where memory is fast */
 
-/* x [rows, in] and y [rows, out]; a kind of 0 is float32, 1 is bfloat16. Strides are in elements. */
-struct matmul_call {
-    const void *x;
-    void *y;
-    const void *weights; /* panels, as the packing function of the kind wrote them */
-    const void *scales;  /* of the quantised kinds */
-    int64_t rows, in, out, x_stride, y_stride, x_kind, y_kind, threads;
-    int64_t group; /* neighbouring inputs that share a scale, of int4 weights: 32, 64 or 128 */
-};
-
 INLINE int64_t num_panels(int64_t out) { return (out + PANEL - 1) / PANEL; }
 INLINE int64_t up_to(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
-
-enum purpose { ACTIVATIONS, EXPANDED_PANEL, SUMS, NUM_PURPOSES };
-
-/* Memory for a call, kept from one to the next: a step makes hundreds of calls of the same few sizes. */
-static inline void *scratch(enum purpose purpose, int64_t bytes) {
-    static __thread void *kept[NUM_PURPOSES];
-    static __thread int64_t capacity[NUM_PURPOSES];
-    if (bytes > capacity[purpose]) {
-        free(kept[purpose]);
-        capacity[purpose] = (bytes + 4095) / 4096 * 4096;
-        kept[purpose] = aligned_alloc(4096, (size_t)capacity[purpose]);
-        if (kept[purpose] == NULL) capacity[purpose] = 0;
-    }
-    return kept[purpose];
-}
 
 /* Put the results of a row and panel in place; the last panel may reach over the end. */
 INLINE PANEL_TARGET void write_y(const struct matmul_call *c, int64_t row, int64_t panel, const float *values) {
@@ -78,7 +54,7 @@ INLINE int64_t panels_a_share(const struct matmul_call *c, int64_t group, int64_
    there is no memory. */
 static inline PANEL_TARGET int matmul(const struct matmul_call *c, const struct matmul_kind *kind) {
     const int64_t most = c->rows < CHUNK_ROWS ? c->rows : CHUNK_ROWS, room = up_to(most, kind->unit);
-    char *packed = scratch(ACTIVATIONS, room * kind->row_bytes);
+    char *packed = lepton_scratch(PRODUCT_ROWS, room * kind->row_bytes);
     int has_memory = packed != NULL;
     for (int64_t from = 0; has_memory && from < c->rows; from += CHUNK_ROWS) {
         const int64_t rows = c->rows - from < CHUNK_ROWS ? c->rows - from : CHUNK_ROWS;
@@ -88,8 +64,8 @@ static inline PANEL_TARGET int matmul(const struct matmul_call *c, const struct 
         const char *nothing = kind->can_skip ? NULL : packed;
 #pragma omp parallel num_threads(c->threads)
         {
-            void *expanded = kind->expand == NULL ? NULL : scratch(EXPANDED_PANEL, kind->expanded_bytes);
-            float *sums = scratch(SUMS, share * room * PANEL * 4); /* [share][room][PANEL] */
+            void *expanded = kind->expand == NULL ? NULL : lepton_scratch(EXPANDED_PANEL, kind->expanded_bytes);
+            float *sums = lepton_scratch(SUMS, share * room * PANEL * 4); /* [share][room][PANEL] */
             const int can_run = sums != NULL && (kind->expand == NULL || expanded != NULL);
             if (!can_run) {
 #pragma omp atomic write

@@ -10,21 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from lepton_dist.kernels.cpu.native import VectorLevel, address_of
+from lepton_dist.kernels.cpu.native import VectorLevel, address_of, native_library
 from lepton_dist.kernels.cpu.panels import Panels
+from lepton_dist.kernels.cpu.structures import MatmulCall, pack_multiply
 from lepton_dist.kernels.cpu.tensors import KINDS
-
-
-class MatmulCall(ctypes.Structure):
-    """`struct matmul_call` of matmul.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "y", "weights", "scales")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("rows", "in_", "out", "x_stride", "y_stride", "x_kind", "y_kind", "threads", "group")
-        ),
-    )
+from lepton_dist.kernels.gradients import refuse_gradient
 
 
 @dataclass(frozen=True)
@@ -45,16 +35,28 @@ class PanelWeight:
     def __init__(self, panels: Panels) -> None:
         self._panels, place = panels, panels.place
         self.out_features, self.in_features = panels.out_features, panels.in_features
-        self._function = panels.kernels.matmul
+        library = native_library()
+        assert library is not None  # which made the panels
+        self._multiply = library.lepton_multiply
         self._call = MatmulCall(weights=place.bytes, scales=place.scales, in_=place.in_, group=place.group)
-        self._call.out = self._call.y_stride = panels.out_features
-        self._reference = ctypes.byref(self._call)
-        self.native = native_product(self._function, self._call)
+        self._call.out = panels.out_features
+        self.native = native_product(panels.kernels.matmul, self._call)
+        self._address, self._of_weight = self.native.function, self.native.call
 
     @classmethod
     def of(cls, weight: torch.Tensor, kind: str, level: VectorLevel | None = None) -> PanelWeight:
-        """A float matrix [out, in] as panels; float32 or bfloat16, which panels of bfloat16 need."""
-        weight, panels = weight.contiguous(), Panels(weight.shape[0], weight.shape[1], kind, level)
+        """A float matrix [out, in] on the CPU as panels; float32 or bfloat16, which panels of bfloat16 need.
+
+        Raises:
+            ValueError: it is another tensor.
+        """
+        takes = (torch.bfloat16,) if kind == "bfloat16" else tuple(KINDS)
+        if weight.dim() != 2 or not weight.is_cpu or weight.dtype not in takes:
+            raise ValueError(
+                f"panels of {kind} are made of a matrix of {' or '.join(map(str, takes))} on the CPU, not of "
+                f"{weight.dtype} {tuple(weight.shape)} on {weight.device}"
+            )
+        weight, panels = weight.detach().contiguous(), Panels(weight.shape[0], weight.shape[1], kind, level)
         panels.pack(0, weight.shape[0], weight.data_ptr(), KINDS[weight.dtype], torch.get_num_threads())
         return cls(panels)
 
@@ -65,14 +67,30 @@ class PanelWeight:
         return torch.frombuffer(pages.buffer, dtype=torch.uint8, count=pages.size, offset=pages.start)
 
     def matmul(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """[tokens, in] float32 or bfloat16, channels side by side -> [tokens, out] in `dtype`, or that of `x`."""
-        rows, dtype = x.shape[0], dtype or x.dtype
+        """[tokens, in] float32 or bfloat16 -> [tokens, out] in `dtype`, or that of `x`. Threads may share a weight.
+
+        Raises:
+            ValueError: `x` has another width, dtype or device, or `dtype` is another than those two.
+            GradientError: autograd follows `x`.
+        """
+        # Each question to torch is asked once, for all of them together take less than a microsecond.
+        shape, strides, dtype = x.shape, x.stride(), dtype or x.dtype
+        x_kind, y_kind = KINDS.get(x.dtype), KINDS.get(dtype)
+        if len(shape) != 2 or shape[1] != self.in_features or x_kind is None or y_kind is None or not x.is_cpu:
+            raise ValueError(
+                f"this weight [{self.out_features}, {self.in_features}] takes float32 or bfloat16 [tokens, "
+                f"{self.in_features}] on the CPU and gives one of the two; it was given {x.dtype} {tuple(shape)} on "
+                f"{x.device}, to give {dtype}"
+            )
+        if x.requires_grad:
+            refuse_gradient(x, "a product with packed weights", "keep them as plain matrices to train (DenseWeight)")
+        if strides[1] != 1:
+            x = x.contiguous()
+            strides = x.stride()
+        rows = shape[0]
         y = torch.empty((rows, self.out_features), dtype=dtype)
-        call = self._call
-        call.x, call.y, call.rows, call.x_stride = x.data_ptr(), y.data_ptr(), rows, x.stride(0)
-        call.x_kind, call.y_kind = KINDS[x.dtype], KINDS[dtype]
-        call.threads = torch.get_num_threads()
-        if self._function(self._reference):
+        tensors = x.data_ptr(), y.data_ptr(), rows, strides[0], x_kind, y_kind
+        if self._multiply(pack_multiply(self._address, self._of_weight, *tensors, torch.get_num_threads())):
             raise MemoryError(f"no memory for the activations of {rows} tokens x {self.in_features} channels")
         return y
 

@@ -10,10 +10,12 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from lepton_dist.kernels.cpu.structures import expected
+
 KINDS = {"float32": 0, "bfloat16": 1}
 """The numbers by which the kernels know the dtypes of activations, caches and stored weights."""
 
-_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "b": ctypes.c_char_p}
 
 # Arguments as in the C files. Told once: a call then takes plain numbers, which is half of what it costs.
 _SIGNATURES = {
@@ -22,9 +24,11 @@ _SIGNATURES = {
     "lepton_rms_norm": "ppppiiifi",
     "lepton_gated_silu": "ppiiii",
     "lepton_rotate": "pppiiiiiii",
-    "lepton_write_cache": "pppppiiiiiiii",
+    "lepton_write_cache": "pppppiiiiiiiii",
     "lepton_arg_max": "pppiii",
-    "lepton_attention_half": "pppppii",
+    "lepton_multiply": "b",
+    "lepton_paged_attention": "b",
+    "lepton_attention_half": "b",
     "lepton_mlp_half": "ppppii",
 }
 
@@ -38,23 +42,50 @@ class VectorLevel(IntEnum):
     """With VNNI and BF16."""
 
 
-@cache
 def native_library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they were not built or do not fit this machine."""
+    """The compiled kernels, or None where they were not built or do not fit this machine or this code."""
+    return _loaded()[0]
+
+
+def native_problem() -> str:
+    """Why compiled kernels that were built are not used, and what to do; empty where they are used, or not built."""
+    return _loaded()[1]
+
+
+@cache
+def _loaded() -> tuple[ctypes.CDLL | None, str]:
     spec = find_spec("lepton_dist.kernels.cpu._native")
     if spec is None or spec.origin is None:
-        return None
+        return None, ""
     _load_openmp()
     try:
         library = ctypes.CDLL(spec.origin)
-    except OSError:
-        return None
+    except OSError as error:
+        return None, f"the compiled kernels do not load, torch's are used: {error}"
+    if problem := _mismatch(library):
+        return None, (
+            f"the compiled kernels in {spec.origin} are of another version of lepton_dist ({problem}), torch's slower "
+            "ones are used: build them again with launch/environment, or with pip install of this version"
+        )
     if library.lepton_vector_level() == VectorLevel.NONE:
-        return None
+        return None, ""
     for name, arguments in _SIGNATURES.items():
         if hasattr(library, name):  # an older compiler leaves those for AVX-512 out
             getattr(library, name).argtypes = [_TYPES[letter] for letter in arguments]
-    return library
+    return library, ""
+
+
+def _mismatch(library: ctypes.CDLL) -> str:
+    """How the library's structures differ from those that Python fills in; empty where they are the same."""
+    wanted = expected()
+    try:
+        number = ctypes.c_int64.in_dll(library, "lepton_structures").value
+    except ValueError:
+        return f"it has no number, this code wants {wanted[0]}"
+    if number != wanted[0]:  # what follows it may be shorter
+        return f"its number is {number}, this code wants {wanted[0]}"
+    found = list((ctypes.c_int64 * len(wanted)).in_dll(library, "lepton_structures"))
+    return "" if found == wanted else f"its structures have {found[1:]} bytes, this code's {wanted[1:]}"
 
 
 @cache

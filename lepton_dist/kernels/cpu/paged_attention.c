@@ -157,7 +157,7 @@ INLINE int64_t kv_heads_a_time(const struct paged_call *c, int64_t most) {
     return 1;
 }
 
-/* 0, or 1 when the shape is outside what this file can do. */
+/* 0, or 1 when the shape is outside what this file can do. The call is only read. */
 int lepton_paged_attention(const struct paged_call *c) {
     const int64_t group = c->heads / c->kv_heads;
     if (c->dim % 8 || c->dim > MAX_DIM || c->heads % c->kv_heads || group > MAX_ROWS) return 1;

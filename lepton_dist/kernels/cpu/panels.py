@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lepton_dist.kernels.cpu.native import VectorLevel, native_library, vector_level
 from lepton_dist.kernels.cpu.pages import Pages
+from lepton_dist.kernels.cpu.structures import PanelPlace
 from lepton_dist.plan.precision import INT4_GROUPS, QUANTIZED
 from lepton_dist.values import FLOAT_BYTES
 
@@ -14,17 +15,6 @@ _PANEL = {VectorLevel.NONE: 16, VectorLevel.AVX2: 16, VectorLevel.AVX512: 32}
 """Output features of a panel, as in matmul.h and matmul_512.h."""
 _QUANTUM = {VectorLevel.NONE: 2, VectorLevel.AVX2: 2, VectorLevel.AVX512: 4}
 """Neighbouring bytes of an int8 weight that are multiplied together."""
-
-
-class PanelPlace(ctypes.Structure):
-    """`struct panels` of panels.h."""
-
-    _fields_ = (
-        ("bytes", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("in_", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-    )
 
 
 @dataclass(frozen=True)
@@ -51,6 +41,8 @@ class Panels:
     """
 
     def __init__(self, out_features: int, in_features: int, kind: str, level: VectorLevel | None = None) -> None:
+        if out_features < 1 or in_features < 1:
+            raise ValueError(f"panels of a matrix [{out_features}, {in_features}]: it has no elements")
         self.out_features, self.in_features, self.kind = out_features, in_features, kind
         level = vector_level() if level is None else level
         self.rows = panel_rows(level)
@@ -64,7 +56,19 @@ class Panels:
         """Take rows [count, in] at the address `rows`, contiguous, of one of `KINDS`, from output feature `first` on.
 
         `first` is a multiple of a panel's `rows`, and so is their number unless they are the last.
+
+        Raises:
+            ValueError: they are not, or not all within the matrix.
         """
+        last = first + count
+        if (
+            first % self.rows
+            or not 0 <= first <= last <= self.out_features
+            or (count % self.rows and last < self.out_features)
+        ):
+            raise ValueError(
+                f"rows {first} to {last} of {self.out_features} are no whole panels of {self.rows} output features"
+            )
         self.kernels.pack(ctypes.addressof(self.place), rows, kind, first, count, threads)
 
 

@@ -90,11 +90,14 @@ TARGET void lepton_rotate(
 }
 
 /* Put key and value [rows, heads, dim] of the kind, rows `stride` apart, into slots (block * block_tokens + place) of the
-   arenas [blocks, heads, block_tokens, dim]. */
-TARGET void lepton_write_cache(
+   arenas [blocks, heads, block_tokens, dim]. 0, or 1, and nothing written, where a slot is outside of them. */
+TARGET int lepton_write_cache(
     const void *key, const void *value, const int64_t *slots, void *keys, void *values, int64_t rows, int64_t heads,
-    int64_t dim, int64_t block_tokens, int64_t stride, int64_t kind, int64_t cache_kind, int64_t threads
+    int64_t dim, int64_t block_tokens, int64_t blocks, int64_t stride, int64_t kind, int64_t cache_kind, int64_t threads
 ) {
+    int is_outside = 0;
+    for (int64_t r = 0; r < rows; r++) is_outside |= slots[r] < 0 || slots[r] >= blocks * block_tokens;
+    if (is_outside) return 1;
     const void *from[2] = {key, value};
     void *to[2] = {keys, values};
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * heads * dim > SMALL)
@@ -110,6 +113,7 @@ TARGET void lepton_write_cache(
                     narrow(part, count, to[i], cache_kind, at + k0);
                 }
             }
+    return 0;
 }
 
 /* For each row of scores float32 [rows, count] the index of its largest, the lowest at a tie -> ids [rows], and that

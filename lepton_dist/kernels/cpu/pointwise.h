@@ -13,9 +13,9 @@ void lepton_rotate(
     void *x, const float *cos, const float *sin, int64_t rows, int64_t heads, int64_t dim, int64_t half, int64_t stride,
     int64_t kind, int64_t threads
 );
-void lepton_write_cache(
+int lepton_write_cache(
     const void *key, const void *value, const int64_t *slots, void *keys, void *values, int64_t rows, int64_t heads,
-    int64_t dim, int64_t block_tokens, int64_t stride, int64_t kind, int64_t cache_kind, int64_t threads
+    int64_t dim, int64_t block_tokens, int64_t blocks, int64_t stride, int64_t kind, int64_t cache_kind, int64_t threads
 );
 
 #endif

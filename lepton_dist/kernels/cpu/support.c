@@ -5,7 +5,14 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "structures.h"
 #include "vector.h"
+
+/* For Python to compare with its mirrors. */
+const int64_t lepton_structures[] = {
+    LEPTON_ABI, sizeof(struct panels), sizeof(struct matmul_call), sizeof(struct layer), sizeof(struct row_run),
+    sizeof(struct row_loading), sizeof(struct multiply_arguments), sizeof(struct half_arguments), sizeof(struct paged_call),
+};
 
 /* What the calling thread computes, torch's work too, is its own alone from here on: no team of threads is made for it. */
 void lepton_work_alone(void) { omp_set_num_threads(1); }

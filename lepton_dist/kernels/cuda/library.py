@@ -8,13 +8,15 @@ from types import ModuleType
 
 import torch
 
+from lepton_dist.kernels.gradients import needs_gradient
+
 
 def fused_kernels_for(*tensors: torch.Tensor) -> ModuleType | None:
-    """`kernels.cuda.fused`, if it works here and all tensors lie on a GPU; else None, for the torch path."""
+    """`kernels.cuda.fused`, if it works here, all tensors lie on a GPU, and none asks for a gradient; else None."""
     for tensor in tensors:
         if not tensor.is_cuda:
             return None
-    return _tried()[0]
+    return None if needs_gradient(*tensors) else _tried()[0]
 
 
 def triton_problem() -> str:

@@ -12,7 +12,7 @@ from lepton_dist.comm.group import Group
 from lepton_dist.comm.patience import Patience
 from lepton_dist.comm.tensors import SUPPORTED
 from lepton_dist.comm.world import World, local_worlds, run_local
-from lepton_dist.errors import RankLostError
+from lepton_dist.errors import GradientError, RankLostError
 
 MOVES_ONLY = {torch.bool, torch.float8_e4m3fn, torch.float8_e5m2}
 MOVABLE = sorted(SUPPORTED, key=str)
@@ -184,5 +184,23 @@ def test_refusals() -> None:
             group.isend(torch.zeros(1), 1 - world.rank, tag=8192)
         with pytest.raises(ValueError, match="group 'g' of ranks \\[0, 0, 1\\]: a rank is named twice"):
             world.group([0, 0, 1], "g")
+
+    run_local(2, body)
+
+
+@pytest.mark.parametrize(
+    "operation", ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "isend", "irecv"]
+)
+def test_a_gradient_is_not_lost_in_silence(operation: str) -> None:
+    def body(world: World) -> None:
+        group = everyone(world)
+        peer = () if operation not in ("isend", "irecv") else (1 - group.rank,)
+        call = getattr(group, operation)
+        with pytest.raises(GradientError, match=operation):
+            call(torch.ones(2, 3, requires_grad=True) * 2, *peer)
+        if not peer:
+            with torch.no_grad():
+                call(torch.ones(2, 3, requires_grad=True), *peer)
+            call((torch.ones(2, 3, requires_grad=True) * 2).detach(), *peer)
 
     run_local(2, body)

@@ -144,8 +144,9 @@ def test_a_row_does_not_depend_on_those_beside_it() -> None:
 def test_the_compiled_kernel_was_used() -> None:
     if native_library() is None:
         pytest.skip("the compiled kernels were not built: no C compiler was found at installation")
-    assert can_attend(torch.zeros(1, 4, 64), torch.zeros(1, 2, BLOCK, 64))
-    assert not can_attend(torch.zeros(1, 4, 20), torch.zeros(1, 2, BLOCK, 20))
+    arenas = torch.zeros(2, 1, 2, BLOCK, 64)
+    assert can_attend(torch.zeros(1, 4, 64), *arenas)
+    assert not can_attend(torch.zeros(1, 4, 20), *arenas[..., :20].contiguous())
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
