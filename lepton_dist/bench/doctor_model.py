@@ -11,10 +11,10 @@ from lepton_dist.bench.doctor_check import Check, size
 from lepton_dist.bench.doctor_devices import bindings_of
 from lepton_dist.bench.doctor_machine import Site
 from lepton_dist.bench.inspect import world_size_of
-from lepton_dist.config.sampling import checkpoint_defaults
+from lepton_dist.config.sampling import Unusable, checkpoint_defaults
 from lepton_dist.documents import Document
-from lepton_dist.errors import ConfigError, UsageError
-from lepton_dist.model.fields import ConfigFields
+from lepton_dist.errors import CheckpointError, ConfigError, UsageError
+from lepton_dist.model.registry import read_generation_config
 from lepton_dist.parallel.requirements import weight_bytes
 from lepton_dist.plan.plan import Plan
 from lepton_dist.plan.precision import Dtypes, decide_dtypes
@@ -50,9 +50,9 @@ def _check_files(model: str) -> Check:
     try:
         # Every plan reads the same headers and asks for the same tensors, so one rank will do.
         blueprint = Blueprint.draw(model, Plan.from_mesh(), 1)
-        path = Path(model) / "generation_config.json"
-        if path.is_file():
-            checkpoint_defaults(ConfigFields.read_file(path).values)
+        for value in checkpoint_defaults(read_generation_config(model)).values():
+            if isinstance(value, Unusable):
+                raise CheckpointError(value.problem)
     except UsageError as error:
         return Check("model", "FAIL", str(error), "copy the checkpoint anew, or name another directory")
     files = {tensor.file for tensor in blueprint.index.tensors.values()}

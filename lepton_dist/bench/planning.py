@@ -17,7 +17,7 @@ from lepton_dist.coordinator.workload import RequestLengths, Workload
 from lepton_dist.coordinator.workload_file import read_workload
 from lepton_dist.errors import UsageError
 from lepton_dist.model.config import ModelConfig
-from lepton_dist.model.registry import read_model
+from lepton_dist.parallel.checkpoint import planned_config
 from lepton_dist.plan.document import plan_to_yaml
 from lepton_dist.plan.plan import EngineLimits, Plan, Precision
 from lepton_dist.plan.precision import decide_dtypes
@@ -35,7 +35,7 @@ def load_target(
         UsageError: a file is wrong, or the workload holds no request that can be run.
     """
     machines = read_cluster(cluster)
-    config, _ = read_model(model)
+    config = planned_config(model)
     stream = _stream(workload)
     found = InputLengths([stream], []) if stream is not None else _requests(model, workload, options, config)
     if not found.requests:

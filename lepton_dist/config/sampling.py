@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -37,6 +38,7 @@ _INTEGER_FIELDS: Mapping[str, tuple[int, int]] = {
     "prompt_logprobs": (0, 20),
 }
 _BOOLEAN_FIELDS = ("ignore_eos", "return_token_ids")
+_LIMITS_OF_CHANCE = ("top_k", "top_p", "min_p")
 _CHECKPOINT_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -97,10 +99,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
         Raises:
             RequestError: an unknown field, or a value out of range.
+            CheckpointError: a value of the checkpoint's is needed and of no use.
         """
         fields: dict[str, Any] = {}
         for source in reversed(sources):
             fields.update((name, value) for name, value in source.items() if value is not None)
+        unusable = [name for name, value in fields.items() if isinstance(value, Unusable)]
+        for name in unusable:
+            # Without chance, what limits it is not needed.
+            if name not in _LIMITS_OF_CHANCE or fields.get("temperature") != 0:
+                raise CheckpointError(f"{fields[name].problem}; a row's {name}, or the option, goes over it")
+            del fields[name]
         return cls(**checked_fields(fields))
 
     @property
@@ -144,20 +153,29 @@ def checked_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
+@dataclass(frozen=True)
+class Unusable:
+    """A value of a checkpoint that is of the wrong type or out of range: an error only for who needs it."""
+
+    problem: str
+
+
 def checkpoint_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
     """Sampling defaults out of the values of a checkpoint's ``generation_config.json``.
 
     As vLLM does, `temperature`, `top_k`, `top_p`, `min_p` and `repetition_penalty` are used where present, whatever
-    ``do_sample`` says; nothing else is.
-
-    Raises:
-        CheckpointError: a value is of the wrong type or out of range.
+    ``do_sample`` says; nothing else is. A value that is none is `Unusable`.
     """
-    present = {name: generation_config.get(name) for name in _CHECKPOINT_FIELDS}
-    try:
-        return checked_fields(present)
-    except RequestError as error:
-        raise CheckpointError(f"generation_config.json: {error}") from None
+    found: dict[str, Any] = {}
+    for name in _CHECKPOINT_FIELDS:
+        value = generation_config.get(name)
+        if name in _INTEGER_FIELDS and isinstance(value, float) and value.is_integer():
+            value = int(value)  # some tools write 50.0
+        try:
+            found.update(checked_fields({name: value}))
+        except RequestError as error:
+            found[name] = Unusable(f"generation_config.json: {error}")
+    return found
 
 
 def request_seed(base_seed: int, request_id: str | int) -> int:

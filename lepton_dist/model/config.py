@@ -15,13 +15,27 @@ ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 class RopeConfig:
     """Rotary position embedding (arXiv:2104.09864) with one of the scalings of Llama-type checkpoints.
 
-    `parameters` are the checkpoint's own (factor, low_freq_factor, short_factor, ...).
+    `parameters` are the checkpoint's own (factor, low_freq_factor, short_factor, ...), and so are its `positions`,
+    max_position_embeddings.
     """
 
     theta: float
     dim: int
+    positions: int = 2048
     kind: str = "default"
     parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def context_tokens(self) -> int:
+        """Positions that the scaling makes of those that the model was trained on."""
+        factor = self.parameters.get("factor", 1.0)
+        if self.kind == "linear":
+            scaled = self.positions * factor
+        elif self.kind == "yarn":
+            scaled = self.parameters["original_max_position_embeddings"] * factor
+        else:
+            scaled = self.positions
+        return int(min(max(self.positions, scaled), 2**31 - 1))
 
 
 @dataclass(frozen=True)
@@ -29,7 +43,8 @@ class ModelConfig:
     """One decoder-only transformer.
 
     `windows` holds the sliding attention window of each layer in tokens, None for full attention. `rope` is None for
-    learned positions. `biases` names the linear layers that have one: ``qkv``, ``attention_output``, ``mlp``.
+    learned positions. `dtype` is "" where config.json leaves it to the weights. `biases` names the linear layers that
+    have one: ``qkv``, ``attention_output``, ``mlp``.
     """
 
     family: str
@@ -44,7 +59,7 @@ class ModelConfig:
     biases: frozenset[str] = frozenset()
     has_qk_norm: bool = False
     is_tied: bool = False
-    dtype: str = "float32"
+    dtype: str = ""
     eos_token_ids: tuple[int, ...] = ()
 
     @property

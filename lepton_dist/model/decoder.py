@@ -75,7 +75,8 @@ class Decoder:
 class DecoderParts:
     """What a decoder is made from: its parameters, and how to sum over a contracted axis.
 
-    All are on `device`, the CPU by default. `dtype` is that of the matmuls' activations.
+    All are on `device`, the CPU by default. `dtype` is that of the matmuls' activations, `positions` how many there are
+    to turn by: by default all that the model knows.
     """
 
     config: ModelConfig
@@ -85,6 +86,7 @@ class DecoderParts:
     first_vocab_row: int
     device: torch.device | None = None
     overlap: Overlap | None = None
+    positions: int | None = None
 
     def linear(self, name: str, contracted: Axis) -> Linear:
         """The collective follows from the axis that the matmul contracts."""
@@ -116,7 +118,8 @@ def build_decoder(parts: DecoderParts, layers: range) -> Decoder:
     if layers.stop == config.shape.num_layers:
         has_own = "head.weight" in parts.held.matrices
         head = Head(parts.norm("final_norm"), parts.linear("head", Axis.EMBED) if has_own else parts.tied_head())
-    rope = None if config.rope is None else RopeTables(config.rope, config.max_positions, parts.device)
+    length = parts.positions or config.max_positions
+    rope = None if config.rope is None else RopeTables(config.rope, length, parts.device)
     return Decoder(embedding, [_layer(parts, index) for index in layers], head, rope, parts.overlap)
 
 

@@ -14,13 +14,14 @@ class Source:
     """Where a weight lies in a checkpoint.
 
     ``{i}`` in `name` is the layer. ``transposed`` weights are stored [in, out]; a fused tensor holds ``sections``
-    equal parts along its out dim, of which this weight is number ``section``.
+    equal parts along its out dim, of which this weight is number ``section``. ``is_bare`` names take no prefix.
     """
 
     name: str
     transposed: bool = False
     section: int = 0
     sections: int = 1
+    is_bare: bool = False
 
 
 @dataclass(frozen=True)

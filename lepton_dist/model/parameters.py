@@ -143,9 +143,7 @@ class ParameterTable:
         index: int | None = None,
     ) -> Part:
         source = self.family.sources[name]
-        tensor = self.prefix + source.name.format(i=index) + f".{kind}"
-        if name == "head":
-            tensor = f"{source.name}.{kind}"
+        tensor = ("" if source.is_bare else self.prefix) + source.name.format(i=index) + f".{kind}"
         units = tuple(self.config.shape.head_dim if axis in (Axis.HEADS, Axis.KV_HEADS) else 1 for axis in axes)
         sizes = extents or tuple(self._extent(axis) for axis in axes if axis is not None)
         return Part(source, tensor, axes, units, sizes)

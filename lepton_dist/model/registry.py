@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from lepton_dist.checkpoint_files import parse_json_object, read_checkpoint_text
 from lepton_dist.model.architectures.gpt2 import GPT2
 from lepton_dist.model.architectures.llama import LLAMA
 from lepton_dist.model.architectures.mistral import MISTRAL
@@ -25,17 +29,38 @@ def read_model(directory: str | Path) -> tuple[ModelConfig, Family]:
     Raises:
         CheckpointError: config.json is absent, malformed, of an unknown `model_type`, or of a quantised checkpoint.
     """
-    fields = ConfigFields.read(directory)
+    return model_of(directory, ConfigFields.read(directory).values, read_generation_config(directory))
+
+
+def read_generation_config(directory: str | Path) -> dict[str, Any]:
+    """The values of generation_config.json; none where it is absent, or a file without any content.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    path = Path(directory) / "generation_config.json"
+    text = read_checkpoint_text(path) if path.is_file() else ""
+    return parse_json_object(path, text) if text.strip() else {}
+
+
+def model_of(
+    directory: str | Path, values: Mapping[str, Any], generation: Mapping[str, Any]
+) -> tuple[ModelConfig, Family]:
+    """The same from the values of a directory's config.json and generation_config.json.
+
+    Raises:
+        CheckpointError: as `read_model`.
+    """
+    fields = ConfigFields(Path(directory) / "config.json", values)
     model_type = fields.get("model_type")
     known = {name: family for family in FAMILIES for name in family.model_types}
-    if model_type not in known:
-        raise fields.error("model_type", f"{model_type!r} is not supported; known: {', '.join(sorted(known))}")
+    if not isinstance(model_type, str) or model_type not in known:
+        raise fields.error(
+            "model_type", f"{reprlib.repr(model_type)} is not supported; known: {', '.join(sorted(known))}"
+        )
     if fields.get("quantization_config") is not None:
         raise fields.error("quantization_config", "quantised checkpoints are not supported by this version")
     family = known[model_type]
     config = family.read(fields)
-    generation = Path(directory) / "generation_config.json"
-    if generation.is_file():
-        eos = ConfigFields.read_file(generation).integers("eos_token_id")
-        config = replace(config, eos_token_ids=eos or config.eos_token_ids)
-    return config, family
+    eos = ConfigFields(Path(directory) / "generation_config.json", generation).token_ids("eos_token_id")
+    return replace(config, eos_token_ids=eos or config.eos_token_ids), family

@@ -10,22 +10,19 @@ import math
 
 import torch
 
-from lepton_dist.errors import CheckpointError
 from lepton_dist.model.config import RopeConfig
 
 
 class RopeTables:
-    """cos and sin for every position: float32 [positions, dim / 2], and a second pair for long contexts (longrope)."""
+    """cos and sin of positions: float32 [positions, dim / 2], and a second pair for long contexts (longrope)."""
 
-    def __init__(self, rope: RopeConfig, max_positions: int, device: torch.device | None = None) -> None:
+    def __init__(self, rope: RopeConfig, positions: int, device: torch.device | None = None) -> None:
         # Made on the CPU, so that they are the same on every device.
-        frequencies, scale = inverse_frequencies(rope, max_positions, is_long=False)
-        self.cos, self.sin = (table.to(device) for table in _table(frequencies, scale, max_positions))
+        self.cos, self.sin = (table.to(device) for table in _table(rope, positions, is_long=False))
         self.has_long = rope.kind == "longrope"
         if self.has_long:
             self._long_after = int(rope.parameters["original_max_position_embeddings"])
-            frequencies, scale = inverse_frequencies(rope, max_positions, is_long=True)
-            self.long_cos, self.long_sin = (table.to(device) for table in _table(frequencies, scale, max_positions))
+            self.long_cos, self.long_sin = (table.to(device) for table in _table(rope, positions, is_long=True))
 
     def rows(self, positions: torch.Tensor, is_long: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of each token: [tokens, 1, dim / 2].
@@ -41,30 +38,23 @@ class RopeTables:
         return cos.unsqueeze(1), sin.unsqueeze(1)
 
 
-def _table(frequencies: torch.Tensor, scale: float, max_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    angles = torch.arange(max_positions, dtype=torch.float32).unsqueeze(1) * frequencies
+def _table(rope: RopeConfig, positions: int, *, is_long: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    frequencies, scale = inverse_frequencies(rope, is_long=is_long)
+    angles = torch.arange(positions, dtype=torch.float32).unsqueeze(1) * frequencies
     return angles.cos() * scale, angles.sin() * scale
 
 
-def inverse_frequencies(rope: RopeConfig, max_positions: int, *, is_long: bool) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies float32 [dim / 2] and the factor on cos and sin.
-
-    Raises:
-        CheckpointError: a scaling parameter is missing or has the wrong length.
-    """
-    parameters = rope.parameters
+def inverse_frequencies(rope: RopeConfig, *, is_long: bool) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies float32 [dim / 2] and the factor on cos and sin."""
     base = 1.0 / rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.int64).float() / rope.dim)
-    try:
-        if rope.kind == "linear":
-            return base / float(parameters["factor"]), 1.0
-        if rope.kind == "llama3":
-            return _llama3(base, rope), 1.0
-        if rope.kind == "yarn":
-            return _yarn(base, rope, max_positions)
-        if rope.kind == "longrope":
-            return _longrope(base, rope, max_positions, is_long)
-    except KeyError as error:
-        raise CheckpointError(f"config.json: rope scaling {rope.kind!r} lacks the parameter {error}") from None
+    if rope.kind == "linear":
+        return base / float(rope.parameters["factor"]), 1.0
+    if rope.kind == "llama3":
+        return _llama3(base, rope), 1.0
+    if rope.kind == "yarn":
+        return _yarn(base, rope)
+    if rope.kind == "longrope":
+        return _longrope(base, rope, is_long)
     return base, 1.0
 
 
@@ -85,21 +75,19 @@ def _mscale(factor: float, weight: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
-def _yarn(base: torch.Tensor, rope: RopeConfig, max_positions: int) -> tuple[torch.Tensor, float]:
+def _yarn(base: torch.Tensor, rope: RopeConfig) -> tuple[torch.Tensor, float]:
     parameters = rope.parameters
-    original = int(parameters.get("original_max_position_embeddings") or max_positions)
-    factor = float(parameters.get("factor") or max_positions / original)
+    original, factor = parameters["original_max_position_embeddings"], parameters["factor"]
     attention = parameters.get("attention_factor")
     if attention is None:
-        weight, weight_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
+        weight, weight_all = parameters["mscale"], parameters["mscale_all_dim"]
         attention = _mscale(factor, weight) / _mscale(factor, weight_all) if weight and weight_all else _mscale(factor)
 
     def dim_of(rotations: float) -> float:
         return rope.dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    low = dim_of(float(parameters.get("beta_fast") or 32))
-    high = dim_of(float(parameters.get("beta_slow") or 1))
-    if parameters.get("truncate", True):
+    low, high = dim_of(parameters["beta_fast"]), dim_of(parameters["beta_slow"])
+    if parameters["truncate"]:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.dim - 1)
     high = high + 0.001 if low == high else high
@@ -107,19 +95,11 @@ def _yarn(base: torch.Tensor, rope: RopeConfig, max_positions: int) -> tuple[tor
     return base / factor * ramp + base * (1 - ramp), float(attention)
 
 
-def _longrope(base: torch.Tensor, rope: RopeConfig, max_positions: int, is_long: bool) -> tuple[torch.Tensor, float]:
+def _longrope(base: torch.Tensor, rope: RopeConfig, is_long: bool) -> tuple[torch.Tensor, float]:
     parameters = rope.parameters
-    key = "long_factor" if is_long else "short_factor"
-    factors = torch.tensor(parameters[key], dtype=torch.float32)
-    if factors.numel() != base.numel():
-        raise CheckpointError(
-            f"config.json: rope {key} has {factors.numel()} entries, the head has {base.numel()} frequencies"
-        )
-    original = parameters.get("original_max_position_embeddings")
-    factor = parameters.get("factor")
-    if factor is None:
-        factor = max_positions / original if original else 1.0
-    attention = parameters.get("attention_factor")
+    factors = torch.tensor(parameters["long_factor" if is_long else "short_factor"], dtype=torch.float32)
+    factor, attention = parameters["factor"], parameters.get("attention_factor")
     if attention is None:
-        attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original or max_positions))
+        original = parameters["original_max_position_embeddings"]
+        attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     return base / factors, float(attention)

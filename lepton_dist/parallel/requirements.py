@@ -30,15 +30,19 @@ class Need:
     transposed: bool
 
 
+def name_prefix(index: CheckpointIndex, family: Family) -> str:
+    """What this checkpoint's names begin with, of what the family allows."""
+    probe = family.sources["attention_norm"].name.format(i=0) + ".weight"
+    return next((prefix for prefix in family.prefixes if prefix + probe in index), family.prefixes[0])
+
+
 def parameter_table(index: CheckpointIndex, config: ModelConfig, family: Family) -> ParameterTable:
     """The model's parameters under the name prefix that this checkpoint uses.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape, or a dtype that is no float.
     """
-    probe = family.sources["attention_norm"].name.format(i=0) + ".weight"
-    prefix = next((prefix for prefix in family.prefixes if prefix + probe in index), family.prefixes[0])
-    table = ParameterTable(config, family, prefix)
+    table = ParameterTable(config, family, name_prefix(index, family))
     for parameter in table.of_stage(range(config.shape.num_layers)):
         for part in parameter.parts:
             _check(index, part)

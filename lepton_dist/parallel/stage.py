@@ -154,8 +154,9 @@ def build_stage(
     device: torch.device | None = None,
     *,
     overlaps: bool = False,
+    positions: int | None = None,
 ) -> ParallelStage:
-    """Assemble a rank's stage from its loaded parameters, all of them on `device`.
+    """Assemble a rank's stage from its loaded parameters, all of them on `device`, for sequences up to `positions`.
 
     With `overlaps` sums between nodes travel while others of a step's rows are computed, on CPUs.
     """
@@ -164,5 +165,5 @@ def build_stage(
     reduce = reduce_over(tp, link.dtype, device)
     is_far = tp.num_nodes > 1 and (device is None or device.type == "cpu")
     overlap = Overlap(partial(_largest, tp)) if overlaps and is_far else None
-    parts = DecoderParts(config, held, reduce, dtype, vocab_start, device, overlap)
+    parts = DecoderParts(config, held, reduce, dtype, vocab_start, device, overlap, positions)
     return ParallelStage(seat, build_decoder(parts, seat.layers), tp, link, vocab_start, config.shape.vocab)

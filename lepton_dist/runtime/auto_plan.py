@@ -14,7 +14,7 @@ from lepton_dist.coordinator.stage_cost import ModelCost
 from lepton_dist.coordinator.workload import Workload
 from lepton_dist.errors import UsageError
 from lepton_dist.model.parameters import matrix_kind
-from lepton_dist.model.registry import read_model
+from lepton_dist.parallel.checkpoint import planned_config
 from lepton_dist.plan.document import plan_to_yaml
 from lepton_dist.plan.plan import Plan
 from lepton_dist.plan.precision import Dtypes, decide_dtypes
@@ -35,7 +35,7 @@ def plan_here(
         UsageError: no row of the input can be run, or the model fits on no plan.
         RankLostError: a rank did not answer in time.
     """
-    model, _ = read_model(config.model)
+    model = planned_config(config.model)
     dtypes = decide_dtypes(plan.precision, config.dtype, model.dtype)
     asked = plan.engine.context_tokens
     context_tokens = model.max_positions if asked == "auto" else min(asked, model.max_positions)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from lepton_dist.engine.kv_geometry import KvGeometry
 from lepton_dist.model.config import ModelConfig
 from lepton_dist.model.parameters import ParameterTable
-from lepton_dist.model.registry import read_model
-from lepton_dist.parallel.requirements import kv_heads_of, parameter_table
+from lepton_dist.parallel.checkpoint import Checkpoint
+from lepton_dist.parallel.requirements import kv_heads_of
 from lepton_dist.plan.placement import Seat, seats
 from lepton_dist.plan.plan import EngineLimits, Plan
 from lepton_dist.storage.index import CheckpointIndex
@@ -24,22 +24,34 @@ if TYPE_CHECKING:
 class Blueprint:
     """What follows from a model directory and a resolved plan, without any communication."""
 
-    config: ModelConfig
-    index: CheckpointIndex
-    table: ParameterTable
+    checkpoint: Checkpoint
     plan: Plan
 
     @staticmethod
-    def draw(model: str, plan: Plan, world_size: int) -> Blueprint:
-        """Read a checkpoint's headers and fit the plan to it.
+    def draw(model: str, plan: Plan, world_size: int, checkpoint: Checkpoint | None = None) -> Blueprint:
+        """Fit a plan to a checkpoint, whose headers are read unless it is given.
 
         Raises:
             CheckpointError: the checkpoint is incomplete or unknown.
             ConfigError: the plan does not fit the model or the world.
         """
-        config, family = read_model(model)
-        index = CheckpointIndex.read(model)
-        return Blueprint(config, index, parameter_table(index, config, family), plan.resolve(config.shape, world_size))
+        read = Checkpoint.read(model) if checkpoint is None else checkpoint
+        return Blueprint(read, plan.resolve(read.config.shape, world_size))
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
+        return self.checkpoint.config
+
+    @property
+    def index(self) -> CheckpointIndex:
+        """Where its tensors lie."""
+        return self.checkpoint.index
+
+    @property
+    def table(self) -> ParameterTable:
+        """Its parameters."""
+        return self.checkpoint.table
 
     @cached_property
     def seats(self) -> Mapping[int, Seat]:

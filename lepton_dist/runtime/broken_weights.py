@@ -9,7 +9,7 @@ import numpy as np
 
 from lepton_dist.errors import CheckpointError
 from lepton_dist.runtime.blueprint import Blueprint
-from lepton_dist.storage.index import StoredTensor
+from lepton_dist.storage.safetensors_header import StoredTensor
 
 _PIECE_BYTES = 16 << 20
 # All bits of the exponent (for float8_e4m3fn of the exponent and the mantissa) are set in what is no finite number.

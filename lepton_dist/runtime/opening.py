@@ -88,8 +88,8 @@ def open_model(
     """
     world = controller.world
     blueprint, dtypes = draw_blueprint(world, request, document)
-    if dtypes.notice:
-        notice(dtypes.notice)
+    for text in filter(None, (blueprint.checkpoint.notice, dtypes.notice)):
+        notice(text)
     if not (request.plan and request.plan.has_layout) and world.size > 1:
         shown = plan_to_yaml(blueprint.plan).rstrip()
         notice(f"no layout is given: using the one below, which can be saved and given as a file\n{shown}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,7 +12,7 @@ import msgspec
 from lepton_dist.config.sampling import SamplingParams, checkpoint_defaults, request_seed
 from lepton_dist.engine.request import Request
 from lepton_dist.errors import RequestError
-from lepton_dist.model.fields import ConfigFields
+from lepton_dist.model.registry import read_generation_config
 from lepton_dist.text.detokenizer import num_preceding
 from lepton_dist.text.prompt import prompt_ids
 from lepton_dist.text.rows import BadRow, PromptRow
@@ -35,10 +34,9 @@ def checkpoint_sampling(model: str) -> dict[str, Any]:
     """The sampling fields of a checkpoint's generation_config.json; none where it has no such file.
 
     Raises:
-        CheckpointError: the file is no JSON mapping, or holds a value out of range.
+        CheckpointError: the file is no JSON object.
     """
-    path = Path(model) / "generation_config.json"
-    return checkpoint_defaults(ConfigFields.read_file(path).values) if path.is_file() else {}
+    return checkpoint_defaults(read_generation_config(model))
 
 
 def refused(row: PromptRow, error: RequestError) -> BadRow:
@@ -77,7 +75,8 @@ class RequestMaker:
         """The row with its request, or the bad row that says why there is none.
 
         Raises:
-            CheckpointError: the row is text, and the model has no tokenizer.
+            CheckpointError: the row is text, and the model has no tokenizer; or the row needs a sampling default of the
+                checkpoint's that is of no use.
         """
         if isinstance(row, BadRow):
             return row

@@ -11,29 +11,41 @@ from pathlib import Path
 
 from lepton_dist.errors import CheckpointError, UsageError
 from lepton_dist.files import open_regular
+from lepton_dist.storage.index import weight_files
 
 _BLOCK_BYTES = 64 * 1024
 _WHOLE_BYTES = 32 * 1024 * 1024
 # A safetensors header lies at the start; names, shapes and offsets of a large model's tensors take less than this.
 _HEADER_BYTES = 1024 * 1024
 _MAX_BLOCKS, _MIN_BLOCKS_PER_FILE, _MAX_BLOCKS_PER_FILE = 256, 2, 16
-# What decides the answers; not the README, pictures, code that is not run, or the outputs of runs.
+# What is read of a model besides its weights: it decides the answers. Not what other tools, or runs, write beside it.
+_READ = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)
+# What else belongs to a model, and to other programs that read it.
 _SUFFIXES = frozenset({".json", ".jinja", ".model", ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".zst"})
 _PATTERNS = ("*", "additional_chat_templates/*.jinja")
 
 
 def model_fingerprint(directory: str | Path) -> str:
-    """A digest (32 hexadecimal digits) of a model directory: its configuration, tokenizer and weights.
+    """A digest (32 hexadecimal digits) of the files that are read of a model: configuration, tokenizer and weights.
 
     Raises:
-        CheckpointError: the directory is absent or empty, or a file cannot be read.
+        CheckpointError: the directory is absent or holds no model, or a file cannot be read.
     """
     root = Path(directory)
     digest = hashlib.blake2b(digest_size=16)
     try:
-        files = model_files(root)
-        if not files:
-            raise CheckpointError(f"{root}: holds no model: no configuration and no weights")
+        small = sorted(path for pattern in _READ for path in root.glob(pattern) if path.is_file())
+        files = [*small, *weight_files(root)]
         sampled = sum(path.stat().st_size > _WHOLE_BYTES for path in files)
         num_blocks = min(_MAX_BLOCKS_PER_FILE, max(_MIN_BLOCKS_PER_FILE, _MAX_BLOCKS // max(sampled, 1)))
         for path in files:
@@ -46,7 +58,7 @@ def model_fingerprint(directory: str | Path) -> str:
 
 
 def model_files(directory: str | Path) -> list[Path]:
-    """The files of a model directory that decide its answers.
+    """The files of a model directory, those included that are not read here.
 
     Raises:
         OSError: the directory cannot be read.

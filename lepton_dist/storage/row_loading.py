@@ -16,7 +16,7 @@ from lepton_dist.kernels.cpu import structures
 from lepton_dist.kernels.cpu.native import KINDS, address_of, native_library
 from lepton_dist.kernels.cpu.panels import Panels
 from lepton_dist.plan.axes import Span
-from lepton_dist.storage.index import StoredTensor
+from lepton_dist.storage.safetensors_header import StoredTensor
 from lepton_dist.storage.weight_files import WeightFiles, truncated, unreadable
 
 _PIECE_BYTES = 1 << 20  # read and packed at once by a thread: a piece that is still in its cache when it is packed

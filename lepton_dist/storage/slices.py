@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from lepton_dist.plan.axes import Span
-from lepton_dist.storage.index import StoredTensor
+from lepton_dist.storage.safetensors_header import StoredTensor
 from lepton_dist.storage.weight_files import WeightFiles, truncated, unreadable
 
 _BUFFER_BYTES = 16 << 20

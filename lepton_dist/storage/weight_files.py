@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from lepton_dist.errors import CheckpointError
-from lepton_dist.storage.index import StoredTensor
+from lepton_dist.storage.safetensors_header import StoredTensor
 
 
 class WeightFiles:

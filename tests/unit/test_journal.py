@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -443,20 +444,24 @@ def test_a_large_batch_reaches_the_file_before_the_sync(path: Path) -> None:
 
 
 def test_model_fingerprints_follow_content_only(tmp_path: Path) -> None:
-    def model(name: str, **changed: bytes) -> str:
+    def model(name: str, more: Mapping[str, bytes] = {}, **changed: bytes) -> str:
         directory = tmp_path / name
         directory.mkdir()
         files = {"config.json": b"{}", "tokenizer.json": b"{1}", "model.safetensors": bytes(2000), "README.md": b"hi"}
-        for file, content in (files | {name.replace("_", "."): value for name, value in changed.items()}).items():
+        renamed = {name.replace("_", "."): value for name, value in changed.items()}
+        for file, content in (files | renamed | more).items():
             (directory / file).write_bytes(content)
         return model_fingerprint(directory)
 
     base = model("a")
     assert base == model("b", README_md=b"other", out_jsonl=b"x")
     assert len({base, model("c", config_json=b"{ }"), model("d", model_safetensors=bytes(1999) + b"1")}) == 3
-    assert model("e", more_safetensors=b"") != base
-    (tmp_path / "a" / "out.jsonl.job.json").write_text("{}")
-    assert model_fingerprint(tmp_path / "a") == base
+    # What a run or another tool writes there is no part of it, nor are weights beside the single file.
+    for name in ("out.jsonl.job.json", "out.jsonl.report.json", "results.json", "more.safetensors", "pytorch.bin"):
+        (tmp_path / "a" / name).write_text("{}")
+        assert model_fingerprint(tmp_path / "a") == base
+    for number, name in enumerate(("generation_config.json", "added_tokens.json", "chat_template.jinja")):
+        assert model(f"f{number}", {name: b"{}"}) != base
 
 
 def test_large_weights_are_sampled_fast(tmp_path: Path) -> None:
@@ -478,7 +483,7 @@ def test_large_weights_are_sampled_fast(tmp_path: Path) -> None:
 
 def test_fingerprints_name_what_they_cannot_read(tmp_path: Path) -> None:
     for directory in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(LeptonError, match="holds no model"):
+        with pytest.raises(LeptonError, match=r"holds no \*\.safetensors file"):
             model_fingerprint(directory)
     with pytest.raises(LeptonError, match="absent: cannot be read: No such file"):
         file_digest(tmp_path / "absent")

@@ -77,8 +77,17 @@ def test_the_checkpoints_defaults_are_used_whatever_do_sample_says() -> None:
         {"do_sample": False, "temperature": 0.6, "top_k": 20, "top_p": None, "max_new_tokens": 9}
     )
     assert found == {"temperature": 0.6, "top_k": 20}
-    with pytest.raises(CheckpointError, match=r"generation_config\.json: temperature is 7"):
-        checkpoint_defaults({"temperature": 7})
+
+
+def test_an_odd_default_of_the_checkpoint_matters_only_where_it_is_needed() -> None:
+    odd = checkpoint_defaults({"temperature": 3.0, "top_k": 50.0, "top_p": 0.0, "min_p": "x"})
+    assert odd["top_k"] == 50
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: temperature is 3\.0; .*, goes over it"):
+        SamplingParams.merged({}, {"top_p": 0.5, "min_p": 0.5}, odd)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: top_p is 0\.0"):
+        SamplingParams.merged({"temperature": 0.5}, {"min_p": 0.1}, odd)
+    assert SamplingParams.merged({"temperature": 0.5, "top_p": 1}, {"min_p": 0.1}, odd).top_k == 50
+    assert SamplingParams.merged({}, {"temperature": 0}, odd).top_p == 1.0
 
 
 def test_seeds_are_stable_typed_and_spread() -> None:

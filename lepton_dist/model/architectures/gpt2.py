@@ -21,7 +21,7 @@ _SOURCES = {
     "up": Source("h.{i}.mlp.c_fc", transposed=True),
     "down": Source("h.{i}.mlp.c_proj", transposed=True),
     "final_norm": Source("ln_f"),
-    "head": Source("lm_head"),
+    "head": Source("lm_head", is_bare=True),
 }
 
 
@@ -34,7 +34,7 @@ def _read(fields: ConfigFields) -> ModelConfig:
     hidden, num_heads = fields.integer("n_embd", 768), fields.integer("n_head", 12)
     if hidden % num_heads:
         raise fields.error("n_embd", f"{hidden} is not a multiple of n_head {num_heads}")
-    num_layers = fields.integer("n_layer", 12)
+    num_layers = fields.layers("n_layer", 12)
     return ModelConfig(
         family="gpt2",
         shape=ModelShape(
@@ -47,7 +47,7 @@ def _read(fields: ConfigFields) -> ModelConfig:
             vocab=fields.integer("vocab_size", 50257),
         ),
         norm="layer",
-        norm_eps=fields.number("layer_norm_epsilon", 1e-5),
+        norm_eps=fields.number("layer_norm_epsilon", 1e-5, above=0.0, most=1.0),
         activation=fields.choice("activation_function", "gelu_new", ACTIVATIONS),
         is_gated=False,
         rope=None,
@@ -56,7 +56,7 @@ def _read(fields: ConfigFields) -> ModelConfig:
         biases=frozenset({"qkv", "attention_output", "mlp"}),
         is_tied=fields.flag("tie_word_embeddings", True),
         dtype=fields.dtype(),
-        eos_token_ids=fields.integers("eos_token_id"),
+        eos_token_ids=fields.token_ids("eos_token_id", 50256),
     )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from lepton_dist.model.config import ROPE_KINDS, ModelConfig, RopeConfig
+import reprlib
+
+from lepton_dist.model.architectures.rotary import read_rope
+from lepton_dist.model.config import ModelConfig
 from lepton_dist.model.family import Family, Source
 from lepton_dist.model.fields import ConfigFields
 from lepton_dist.plan.axes import ModelShape
@@ -30,7 +33,7 @@ LLAMA_SOURCES = {
     "up": Source("layers.{i}.mlp.up_proj"),
     "down": Source("layers.{i}.mlp.down_proj"),
     "final_norm": Source("norm"),
-    "head": Source("lm_head"),
+    "head": Source("lm_head", is_bare=True),
 }
 
 
@@ -44,7 +47,7 @@ def read_shape(fields: ConfigFields, *, head_dim: int | None = None) -> ModelSha
     if dim % 2:
         raise fields.error("head_dim", f"{dim} is odd, but rotary positions need pairs")
     return ModelShape(
-        num_layers=fields.integer("num_hidden_layers"),
+        num_layers=fields.layers("num_hidden_layers"),
         hidden=hidden,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -52,22 +55,6 @@ def read_shape(fields: ConfigFields, *, head_dim: int | None = None) -> ModelSha
         ffn=fields.integer("intermediate_size"),
         vocab=fields.integer("vocab_size"),
     )
-
-
-def read_rope(fields: ConfigFields, head_dim: int, max_positions: int) -> RopeConfig:
-    """Rotary settings, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
-    values = fields.get("rope_parameters", fields.get("rope_scaling", {}))
-    if not isinstance(values, dict):
-        raise fields.error("rope_parameters", f"must be a mapping, not {values!r}")
-    parameters = {key: value for key, value in values.items() if value is not None}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind not in ROPE_KINDS:
-        raise fields.error("rope_parameters.rope_type", f"{kind!r} is not supported; known: {', '.join(ROPE_KINDS)}")
-    theta = parameters.get("rope_theta", fields.get("rope_theta", 10000.0))
-    partial = float(parameters.get("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)))
-    original = fields.get("original_max_position_embeddings", max_positions)
-    parameters.setdefault("original_max_position_embeddings", original)
-    return RopeConfig(float(theta), int(head_dim * partial), str(kind), parameters)
 
 
 def read_windows(
@@ -79,9 +66,9 @@ def read_windows(
         return tuple(window if index >= first_layer else None for index in range(num_layers))
     if not isinstance(kinds, list) or len(kinds) != num_layers:
         raise fields.error("layer_types", f"must list the kind of each of the {num_layers} layers")
-    unknown = set(kinds) - {"full_attention", "sliding_attention"}
+    unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
     if unknown:
-        raise fields.error("layer_types", f"{', '.join(sorted(map(str, unknown)))}: not supported")
+        raise fields.error("layer_types", f"{reprlib.repr(unknown[0])} is not supported")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
@@ -93,25 +80,27 @@ def read_llama_type(
     has_qk_norm: bool = False,
     windows: tuple[int | None, ...] | None = None,
     head_dim: int | None = None,
+    positions: int = 2048,
+    end_token: int | None = None,
 ) -> ModelConfig:
-    """The configuration of a family derived from Llama."""
+    """The configuration of a family derived from Llama; `positions` and `end_token` where it does not say."""
     shape = read_shape(fields, head_dim=head_dim)
-    max_positions = fields.integer("max_position_embeddings", 2048)
+    rope = read_rope(fields, shape.head_dim, fields.integer("max_position_embeddings", positions))
     return ModelConfig(
         family=family,
         shape=shape,
         norm="rms",
-        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        norm_eps=fields.number("rms_norm_eps", 1e-6, above=0.0, most=1.0),
         activation=fields.choice("hidden_act", "silu", ACTIVATIONS),
         is_gated=True,
-        rope=read_rope(fields, shape.head_dim, max_positions),
-        max_positions=max_positions,
+        rope=rope,
+        max_positions=rope.context_tokens,
         windows=windows or (None,) * shape.num_layers,
         biases=biases,
         has_qk_norm=has_qk_norm,
         is_tied=fields.flag("tie_word_embeddings", False),
         dtype=fields.dtype(),
-        eos_token_ids=fields.integers("eos_token_id"),
+        eos_token_ids=fields.token_ids("eos_token_id", end_token),
     )
 
 
@@ -119,7 +108,7 @@ def _read(fields: ConfigFields) -> ModelConfig:
     biases = {"qkv", "attention_output"} if fields.flag("attention_bias", False) else set()
     if fields.flag("mlp_bias", False):
         biases.add("mlp")
-    return read_llama_type(fields, "llama", biases=frozenset(biases))
+    return read_llama_type(fields, "llama", biases=frozenset(biases), end_token=2)
 
 
 LLAMA = Family(("llama",), _read, LLAMA_SOURCES, ("model.", ""))

@@ -12,8 +12,10 @@ def _read(fields: ConfigFields) -> ModelConfig:
     # An explicit null means full attention (Mistral v0.2 and later); an absent key means the family's default of 4096.
     has_window = fields.values.get("sliding_window", 4096) is not None
     window = fields.integer("sliding_window", 4096) if has_window else None
-    windows = read_windows(fields, fields.integer("num_hidden_layers"), window=window)
-    return read_llama_type(fields, "mistral", windows=windows)
+    windows = (window,) * fields.layers("num_hidden_layers")
+    if read_windows(fields, len(windows), window=window) != windows:
+        raise fields.error("layer_types", "Mistral has the same attention in every layer; the model type is another")
+    return read_llama_type(fields, "mistral", windows=windows, positions=131072, end_token=2)
 
 
 MISTRAL = Family(("mistral",), _read, LLAMA_SOURCES, ("model.", ""))

@@ -12,11 +12,13 @@ def read_qwen_windows(fields: ConfigFields) -> tuple[int | None, ...]:
     """Sliding windows, when `use_sliding_window` asks for them, in the layers from `max_window_layers` on."""
     window = fields.integer("sliding_window", 4096) if fields.flag("use_sliding_window", False) else None
     first = fields.integer("max_window_layers", 28, least=0)
-    return read_windows(fields, fields.integer("num_hidden_layers"), window=window, first_layer=first)
+    return read_windows(fields, fields.layers("num_hidden_layers"), window=window, first_layer=first)
 
 
 def _read(fields: ConfigFields) -> ModelConfig:
-    return read_llama_type(fields, "qwen2", biases=frozenset({"qkv"}), windows=read_qwen_windows(fields))
+    return read_llama_type(
+        fields, "qwen2", biases=frozenset({"qkv"}), windows=read_qwen_windows(fields), positions=32768
+    )
 
 
 QWEN2 = Family(("qwen2",), _read, LLAMA_SOURCES, ("model.", ""))

@@ -12,7 +12,9 @@ from lepton_dist.model.fields import ConfigFields
 def _read(fields: ConfigFields) -> ModelConfig:
     biases = frozenset({"qkv", "attention_output"}) if fields.flag("attention_bias", False) else frozenset[str]()
     windows = read_qwen_windows(fields)
-    return read_llama_type(fields, "qwen3", biases=biases, has_qk_norm=True, windows=windows, head_dim=128)
+    return read_llama_type(
+        fields, "qwen3", biases=biases, has_qk_norm=True, windows=windows, head_dim=128, positions=32768
+    )
 
 
 QWEN3 = Family(("qwen3",), _read, LLAMA_SOURCES, ("model.", ""))

@@ -68,6 +68,64 @@ def tables(config: ModelConfig) -> RopeTables:
     return RopeTables(config.rope, config.max_positions)
 
 
+def rewritten(folder: Path, **changes: Any) -> ModelConfig:
+    """The configuration after changes to its file; None takes a key out."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+    return read_model(folder)[0]
+
+
+SCALING = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 5e5}
+
+
+def test_rope_scaling_goes_over_rope_parameters(tmp_path: Path) -> None:
+    written(tmp_path, {"rope_type": "default"})
+    ours = rewritten(tmp_path, rope_scaling=SCALING)
+    theirs = LlamaConfig.from_pretrained(tmp_path)
+    assert ours.rope is not None
+    assert (ours.rope.kind, ours.rope.theta) == (
+        theirs.rope_parameters["rope_type"],
+        theirs.rope_parameters["rope_theta"],
+    )
+    cos, _ = LlamaRotaryEmbedding(theirs)(torch.zeros(1, 9, 1), torch.arange(9).unsqueeze(0))
+    assert torch.allclose(tables(ours).cos[:9], cos[0, :, : HEAD_DIM // 2], atol=1e-6, rtol=0)
+    # Without a theta of its own transformers would take the default over the other one's: neither is silently right.
+    theta = {"rope_type": "default", "rope_theta": 5e5}
+    bare = {name: value for name, value in SCALING.items() if name != "rope_theta"}
+    with pytest.raises(CheckpointError, match=r"rope_scaling: goes over rope_parameters.* 500000 there and 10000 else"):
+        rewritten(tmp_path, rope_parameters=theta, rope_scaling=bare)
+    assert rewritten(tmp_path, rope_theta=5e5).rope == ours.rope
+    assert rewritten(tmp_path, rope_scaling={}).rope == rewritten(tmp_path, rope_scaling=None).rope
+    # What stands beside the parameters goes over the one among them.
+    scaled = rewritten(tmp_path, rope_scaling=SCALING, original_max_position_embeddings=128).rope
+    theirs = LlamaConfig.from_pretrained(tmp_path)
+    assert scaled is not None
+    assert scaled.parameters["original_max_position_embeddings"] == 128
+    LlamaRotaryEmbedding(theirs)  # which looks at it
+    assert theirs.rope_parameters["original_max_position_embeddings"] == 128
+
+
+def test_contexts_are_scaled(tmp_path: Path) -> None:
+    def context(**rope: Any) -> int:
+        return written(tmp_path, rope)[1].max_positions
+
+    assert context(rope_type="default") == MAX_POSITIONS
+    assert context(rope_type="linear", factor=2.5) == 1280
+    assert context(rope_type="yarn", factor=16.0, original_max_position_embeddings=64) == 1024
+    assert context(rope_type="yarn", factor=2.0, original_max_position_embeddings=64) == MAX_POSITIONS
+    assert context(rope_type="yarn", factor=4.0) == 4 * MAX_POSITIONS
+    assert context(**LLAMA3) == context(**LONGROPE) == context(rope_type="dynamic", factor=4.0) == MAX_POSITIONS
+
+
+def test_tables_are_as_long_as_they_are_asked_for(tmp_path: Path) -> None:
+    for rope in (LONGROPE, YARN, {"rope_type": "linear", "factor": 2.0}):
+        _, ours = written(tmp_path, rope)
+        assert ours.rope is not None
+        whole, short = tables(ours), RopeTables(ours.rope, 9)
+        assert torch.equal(short.cos, whole.cos[:9]) and torch.equal(short.sin, whole.sin[:9])
+
+
 @pytest.mark.parametrize("name", SCALINGS)
 def test_tables_are_transformers(name: str, tmp_path: Path) -> None:
     theirs, ours = written(tmp_path, SCALINGS[name])
@@ -115,10 +173,21 @@ def test_only_a_part_of_each_head_may_turn(tmp_path: Path) -> None:
     ("rope", "words"),
     [
         ({"rope_type": "spiral"}, "'spiral' is not supported; known: default, linear"),
-        ({"rope_type": "linear"}, "'linear' lacks the parameter 'factor'"),
-        ({"rope_type": "llama3", "factor": 8.0}, "'llama3' lacks the parameter 'low_freq_factor'"),
-        ({**LONGROPE, "long_factor": None}, "'longrope' lacks the parameter 'long_factor'"),
-        ({**LONGROPE, "short_factor": [1.0]}, "short_factor has 1 entries, the head has 12 frequencies"),
+        ({"rope_type": "linear"}, "rope_parameters.factor: is missing"),
+        ({"rope_type": "llama3", "factor": 8.0}, "rope_parameters.low_freq_factor: is missing"),
+        ({**LONGROPE, "long_factor": None}, "rope_parameters.long_factor: is missing"),
+        ({**LONGROPE, "short_factor": [1.0]}, "short_factor: must be a list of 12 numbers, not 1 entries"),
+        ({**LONGROPE, "long_factor": [1.0] * 11 + ["x"]}, "long_factor.11: must be a number, not 'x'"),
+        ({"rope_type": []}, r"rope_type: \[\] is not supported"),
+        ({"rope_type": "linear", "factor": 0}, "factor: must be a number above 0"),
+        ({"rope_type": "linear", "factor": "x"}, "factor: must be a number, not 'x'"),
+        ({"rope_type": "default", "rope_theta": "abc"}, "rope_theta: must be a number, not 'abc'"),
+        ({"rope_type": "default", "rope_theta": float("nan")}, "rope_theta: must be a number above 0"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.13}, "leaves 3 of 24 numbers"),
+        ({**LLAMA3, "low_freq_factor": 4.0}, "low_freq_factor: 4 is high_freq_factor, too"),
+        ({**YARN, "rope_theta": 1.0}, "rope_theta: 1 makes every frequency the same"),
+        ({**YARN, "original_max_position_embeddings": 1}, "original_max_position_embeddings: must be a whole number"),
+        ({"full_attention": {"rope_type": "yarn"}}, "settings for each kind of layer are not supported"),
     ],
     ids=str,
 )
