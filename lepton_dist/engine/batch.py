@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Sequence as Seq
 
 import msgspec
@@ -71,28 +72,34 @@ def read_rows(batch: RunBatch) -> NDArray[np.int64]:
 
 def make_batch(step: int, chunks: Seq[Chunk]) -> RunBatch:
     """The command for a scheduled batch."""
-    spans, tokens, tables = [], [], []
+    spans: list[int] = []
+    tokens: list[int] = []
+    tables: list[array[int]] = []
     row = 0
     rows: list[int] = []
     sampled: list[Chunk] = []
     prompt_rows: list[tuple[int, int, int]] = []
     for chunk in chunks:
         sequence, end = chunk.sequence, chunk.start + chunk.count
-        spans.append((row, chunk.count, end, len(sequence.block_table), int(sequence.is_long)))
-        is_known = chunk.start < len(sequence.tokens)
-        tokens.append(sequence.tokens[chunk.start : end] if is_known else [-1 - sequence.last_row])
+        spans += (row, chunk.count, end, len(sequence.block_table), sequence.is_long)
+        if chunk.count > 1:
+            tokens += sequence.tokens[chunk.start : end]
+        else:
+            is_known = chunk.start < len(sequence.tokens)
+            tokens.append(sequence.tokens[chunk.start] if is_known else -1 - sequence.last_row)
         tables.append(sequence.block_table)
-        asked = sequence.request.sampling.prompt_logprobs or 0
-        prompt_rows.extend((row + p - chunk.start, sequence.tokens[p + 1], asked) for p in chunk.scored_positions)
+        if chunk.scores_prompt:
+            asked = sequence.request.sampling.prompt_logprobs or 0
+            prompt_rows.extend((row + p - chunk.start, sequence.tokens[p + 1], asked) for p in chunk.scored_positions)
         row += chunk.count
         if chunk.samples:
             rows.append(row - 1)
             sampled.append(chunk)
     return RunBatch(
         step=step,
-        tokens=_flat(tokens),
+        tokens=np.array(tokens, dtype=np.int32).tobytes(),
         spans=np.array(spans, dtype=np.int32).tobytes(),
-        block_tables=_flat(tables),
+        block_tables=b"".join(tables),
         samples=_sample_rows(rows, sampled),
         prompt_rows=np.array(prompt_rows, dtype=np.int32).tobytes(),
     )

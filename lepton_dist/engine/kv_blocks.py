@@ -64,18 +64,23 @@ class KvBlocks:
             self._free.pop(block, None)
             self._holders[block] += 1
             sequence.block_table.append(block)
-        sequence.num_computed = len(sequence.block_table) * self.block_tokens
+        sequence.num_published = len(sequence.block_table)
+        sequence.num_computed = sequence.num_published * self.block_tokens
 
     def publish(self, sequence: Sequence) -> None:
-        """Offer the sequence's full blocks for reuse. Stages run batches in order, so being scheduled is enough."""
+        """Offer the blocks that have become full for reuse. Stages run batches in order: being scheduled is enough."""
         if not self._has_prefix_cache or sequence.is_secluded:
             return
         full = min(sequence.num_computed, len(sequence.tokens)) // self.block_tokens  # a pending token has no hash yet
+        if full <= sequence.num_published:
+            return
         keys = self._extend_keys(sequence, full)
-        for block, key in zip(sequence.block_table[:full], keys, strict=False):
+        for index in range(sequence.num_published, full):
+            block, key = sequence.block_table[index], keys[index]
             if self._key_of[block] is None and key not in self._block_of:
                 self._key_of[block] = key
                 self._block_of[key] = block
+        sequence.num_published = full
 
     def withdraw(self, sequence: Sequence) -> None:
         """Offer none of the sequence's blocks any longer, whoever has computed them: they may hold NaN."""
@@ -90,8 +95,8 @@ class KvBlocks:
                 self._free[block] = None
                 if self._key_of[block] is None:  # nothing to keep, and its memory is warm: the next to be used
                     self._free.move_to_end(block, last=False)
-        sequence.block_table.clear()
-        sequence.num_computed = 0
+        del sequence.block_table[:]
+        sequence.num_computed = sequence.num_published = 0
 
     def _forget(self, block: int) -> None:
         key = self._key_of[block]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 import msgspec
@@ -29,15 +30,21 @@ class Request(msgspec.Struct, frozen=True):
         return self.prompt[len(self.prompt) - self.num_preceding :]
 
 
-@dataclass(eq=False)
+def _no_blocks() -> array[int]:
+    return array("i")
+
+
+@dataclass(eq=False, slots=True)
 class Sequence:
     """One sample of a request on its way through the engine.
 
     `tokens` are the prompt and what was generated, as far as it is known here; `num_pending` more are being drawn by
     steps in flight, the last of them as row `last_row` of its step. The first `num_computed` of them all have (or, in
-    flight, will have) their keys and values in the cache, in the blocks of `block_table`. A secluded sequence neither
-    takes over blocks that others have computed nor offers its own; in one that is unscored, a position of the prompt
-    had logits that are not numbers.
+    flight, will have) their keys and values in the cache, in the blocks of `block_table`, int32; `num_published` of
+    those are offered for reuse. It `is_running` while it holds blocks; `last_batch` is the last batch that it is in.
+
+    A secluded sequence neither takes over blocks that others have computed nor offers its own; in one that is unscored,
+    a position of the prompt had logits that are not numbers.
     """
 
     request: Request
@@ -46,10 +53,13 @@ class Sequence:
     is_long: bool = False
     tokens: list[int] = field(default_factory=list)
     num_computed: int = 0
-    block_table: list[int] = field(default_factory=list)
+    block_table: array[int] = field(default_factory=_no_blocks)
     block_keys: list[bytes] = field(default_factory=list)
+    num_published: int = 0
     num_pending: int = 0
     last_row: int = 0
+    is_running: bool = False
+    last_batch: int = -1
     is_done: bool = False
     is_secluded: bool = False
     is_unscored: bool = False

@@ -56,7 +56,7 @@ def rehearsals(limits: EngineLimits, context_tokens: int, num_blocks: int) -> li
 
 def _chunk(index: int, start: int, count: int, block_tokens: int, num_blocks: int) -> Chunk:
     sequence = Sequence(Request(str(index), [0] * (start + count), _DEAREST), 0, index)
-    sequence.block_table = [block % num_blocks for block in range(-(-(start + count) // block_tokens))]
+    sequence.block_table.extend(block % num_blocks for block in range(-(-(start + count) // block_tokens)))
     return Chunk(sequence, start, count, samples=True, scores_prompt=False)
 
 

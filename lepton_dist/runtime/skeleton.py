@@ -130,7 +130,7 @@ def prefill_batch(count: int) -> RunBatch:
 
 def _chunk(index: int, start: int, count: int, first_block: int) -> Chunk:
     sequence = Sequence(_request(index, start + count), 0, index)
-    sequence.block_table = list(range(first_block, first_block + -(-(start + count) // BLOCK_TOKENS)))
+    sequence.block_table.extend(range(first_block, first_block + -(-(start + count) // BLOCK_TOKENS)))
     return Chunk(sequence, start, count, samples=True, scores_prompt=False)
 
 

@@ -22,7 +22,7 @@ BLOCK = 4
 def decoding(index: int, length: int, blocks: list[int], *, is_long: bool = False) -> Chunk:
     sampling = SamplingParams(temperature=0.0, max_tokens=1, seed=0)
     sequence = Sequence(Request(str(index), list(range(100, 100 + length)), sampling), 0, index, is_long)
-    sequence.block_table = blocks
+    sequence.block_table.extend(blocks)
     return Chunk(sequence, length - 1, 1, samples=True, scores_prompt=False)
 
 

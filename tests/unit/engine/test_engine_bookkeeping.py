@@ -126,10 +126,10 @@ def test_only_what_no_sample_has_begun_is_given_back() -> None:
 def test_a_batch_as_it_travels() -> None:
     """Flat arrays: spans, block tables behind one another, the rows to sample, and histories only of the penalised."""
     first = EngineSequence(request("a", length=6, logprobs=3, temperature=0.5, seed=1, top_k=-1), 0, 0)
-    first.block_table = [4, 2]
+    first.block_table.extend([4, 2])
     second = EngineSequence(request("b", length=3, presence_penalty=0.5, prompt_logprobs=2), 0, 1, is_long=True)
     second.tokens.append(7)
-    second.block_table = [9]
+    second.block_table.append(9)
     batch = make_batch(8, [Chunk(first, 4, 2, True, False), Chunk(second, 1, 3, True, True)])
     assert (batch.step, batch.num_tokens) == (8, 5)
     assert read_int32(batch.tokens).tolist() == [4, 5, 1, 2, 7]

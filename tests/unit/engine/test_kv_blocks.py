@@ -17,7 +17,7 @@ def computed(blocks: KvBlocks, tokens: list[int]) -> Sequence:
 
 
 def next_blocks(blocks: KvBlocks, count: int) -> list[int]:
-    return computed(blocks, list(range(100, 100 + 4 * count))).block_table
+    return list(computed(blocks, list(range(100, 100 + 4 * count))).block_table)
 
 
 def test_without_prefixes_what_was_used_last_is_used_next() -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
 from lepton_dist.config.sampling import SamplingParams
 from lepton_dist.engine.kv_blocks import KvBlocks
 from lepton_dist.engine.request import Request, Sequence
@@ -75,6 +80,8 @@ def test_a_sequence_that_gives_way_itself_leaves_its_place_to_another() -> None:
     scheduler.add(old)
     scheduler._running.append(scheduler._waiting.popleft())  # an older one whose prompt is still being read
     scheduler._running.sort(key=lambda item: item.arrival)
+    old.is_running = True
+    scheduler.num_running += 1
     scheduler.blocks.extend(old, 8)
     old.num_computed = 4
     assert scheduler.blocks.num_free == 0
@@ -99,3 +106,61 @@ def test_reused_tokens_are_counted_once_a_start() -> None:
     scheduler.finish(first)
     assert counts(scheduler.schedule()) == [(1, 12, 18)]
     assert scheduler.num_reused_tokens == 12
+
+
+def counting(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often each of these was called."""
+    calls: dict[str, int] = {}
+    of = [(KvBlocks, "extend"), (KvBlocks, "publish"), (KvBlocks, "_extend_keys"), (Scheduler, "_is_idle")]
+
+    def counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls[name] = calls.get(name, 0) + 1
+            return original(*arguments)
+
+        return call
+
+    for owner, name in of:
+        monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))
+    return calls
+
+
+def test_a_step_of_a_thousand_decodes_touches_few_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some sequences need a block more, and some have filled one; of all others only the place is noted."""
+    scheduler = make(4096, batch=8192, sequences=1024, reuse=True)
+    for arrival in range(1024):
+        scheduler.add(sequence(arrival, 5 + arrival % 4))
+    come_back(scheduler, scheduler.schedule())
+    calls = counting(scheduler, monkeypatch)
+    for _ in range(8):
+        chunks = scheduler.schedule()
+        assert len(chunks) == 1024
+        come_back(scheduler, chunks)
+    # Each sequence takes two blocks of 4 tokens in 8 steps, and is looked at when it has filled one.
+    assert calls["extend"] == 2048 and calls["_extend_keys"] == 2048 and "_is_idle" not in calls
+    assert calls["publish"] <= 2 * 2048
+
+
+def test_each_victim_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When blocks are short for all, the search goes over the running sequences once a step, not once for each."""
+    scheduler = make(512, batch=8192, sequences=512)
+    for arrival in range(512):
+        scheduler.add(sequence(arrival, 3))
+    calls = counting(scheduler, monkeypatch)
+    while not scheduler.num_preemptions:
+        calls.clear()
+        come_back(scheduler, scheduler.schedule())
+    assert scheduler.num_preemptions > 50
+    assert calls["_is_idle"] <= 512
+
+
+def test_full_blocks_are_offered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = make(64, reuse=True)
+    scheduler.add(sequence(0, 9))
+    offered: list[int] = []
+    calls = counting(scheduler, monkeypatch)
+    for _ in range(20):
+        come_back(scheduler, scheduler.schedule())
+        offered.append(len(scheduler.blocks._block_of))
+    assert offered == [(9 + step) // 4 for step in range(20)]
+    assert calls["_extend_keys"] == 1 + offered[-1] - offered[0] + 1  # reuse looks for a prefix first

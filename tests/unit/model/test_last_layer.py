@@ -33,7 +33,7 @@ def batch_of(parts: list[tuple[int, int, bool, bool]]) -> RunBatch:
         sampling = SamplingParams(max_tokens=1, prompt_logprobs=1 if scores else None)
         sequence = Sequence(Request(str(index), [1] * (start + count), sampling), 0, index)
         num_blocks = -(-(start + count) // BLOCK_TOKENS)
-        sequence.block_table = list(range(first_block, first_block + num_blocks))
+        sequence.block_table.extend(range(first_block, first_block + num_blocks))
         first_block += num_blocks
         made.append(Chunk(sequence, start, count, samples=samples, scores_prompt=scores))
     return make_batch(0, made)
