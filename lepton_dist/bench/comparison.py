@@ -114,6 +114,9 @@ def _figures_table(name: str, figures: list[Figure]) -> str:
     for figure in figures:
         share = "" if figure.share is None else f"{figure.share:.2f} of {figure.limit:.1f}"
         values = f"{figure.value:10.1f}{figure.lowest:10.1f}{figure.highest:10.1f}"
+        if figure.is_beyond_limit:
+            # It was measured in a quieter moment than the limit, or what is read fits the caches.
+            values, share = f"{'beyond its limit':>30}", f"over {figure.limit:.1f}"
         peak = "" if figure.peak_bytes is None else f"{figure.peak_bytes / 2**20:.0f}"
         lines.append(f"  {figure.case:12}{values}  {figure.unit:8}  {peak:>8}  {share}")
     return "\n".join(lines)
@@ -125,7 +128,12 @@ def _comparison(table: dict[str, list[Figure]]) -> str:
     width = max(map(len, table)) + 2
     lines = ["medians (times the first)", f"  {'':{width}}" + "".join(f"{case:>18}" for case in first)]
     for name, figures in table.items():
-        found = {figure.case: f"{figure.value:.1f} ({figure.value / first[figure.case]:.2f})" for figure in figures}
+        found = {
+            figure.case: "beyond its limit"
+            if figure.is_beyond_limit
+            else f"{figure.value:.1f} ({figure.value / first[figure.case]:.2f})"
+            for figure in figures
+        }
         lines.append(f"  {name:{width}}" + "".join(f"{found.get(case, ''):>18}" for case in first))
     return "\n".join(lines)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from lepton_dist.bench.workload import Lengths
@@ -47,12 +47,14 @@ def limits_table(cluster: Cluster) -> str:
 class PlanLimits:
     """The limits of one plan: if nothing but weights, KV cache and matmuls took time, and all ranks always worked.
 
-    Of a pipeline with one sequence, or one prompt, one stage works at a time.
+    Of a pipeline with one sequence, or one prompt, one stage works at a time. `threads` are those that the ranks work
+    with, where these are others than they were measured with: a rank has the cores of those that the plan leaves out.
     """
 
     cluster: Cluster
     plan: Plan
     model: ModelCost
+    threads: Mapping[int, int] = field(default_factory=dict)
 
     def prefill(self) -> float:
         """Tokens/s of one prompt; the end of the last layer and the head are for its last token alone."""
@@ -64,7 +66,7 @@ class PlanLimits:
         num_bytes = layers * WEIGHT_BYTES[model.dtypes.weights] + head * WEIGHT_BYTES[model.head_dtype]
         # A sequence is in one replica, and a batch of a pipeline in one stage: each of them reads its weights anew.
         reads = self._turns * num_bytes + count * context * model.kv_token_bytes(self._whole)
-        rate = sum(rank.memory_bytes_per_s for rank in self._ranks())
+        rate = sum(rank.memory_bytes_per_s * self._more(rank) for rank in self._ranks())
         return count / max(reads / rate, 2 * (layers + head) * count / self._flops_per_s())
 
     def offline(self, lengths: Iterable[Lengths]) -> float:
@@ -103,4 +105,10 @@ class PlanLimits:
 
     def _flops_per_s(self) -> float:
         kind = self.model.dtypes.weights
-        return sum(max(rank.matmul.flops_per_s(kind, width) for width in WIDTHS) for rank in self._ranks())
+        return sum(
+            max(rank.matmul.flops_per_s(kind, width) for width in WIDTHS) * self._more(rank) for rank in self._ranks()
+        )
+
+    def _more(self, rank: RankProfile) -> float:
+        """How many times the cores it was measured with a rank works with."""
+        return self.threads.get(rank.rank, rank.threads) / rank.threads

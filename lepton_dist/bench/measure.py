@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from lepton_dist.bench.decoding import DecodeSteps
 from lepton_dist.bench.limits import PlanLimits
 from lepton_dist.bench.memory import PeakMemory, rank_pids
 from lepton_dist.bench.workload import DECODES, SAMPLED, Lengths, equal_lengths, make_requests, offline_lengths
@@ -19,8 +20,6 @@ from lepton_dist.plan.precision import decide_dtypes
 from lepton_dist.runtime.blueprint import Blueprint
 from lepton_dist.runtime.controller import Controller
 from lepton_dist.runtime.opening import ModelRequest, open_model
-
-_DECODE_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,11 @@ class Figure:
     def share(self) -> float | None:
         """The value as a part of the limit."""
         return None if self.limit is None else self.value / self.limit
+
+    @property
+    def is_beyond_limit(self) -> bool:
+        """Whether it is more than can be, and so no figure to believe: the limits were measured in a busier moment."""
+        return self.share is not None and self.share > 1.0
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -84,16 +88,19 @@ class Measurement:
             return sum(item.output for item in lengths) / self._run(lengths)
         is_sampled = name == SAMPLED
         count, context = DECODES["decode b8" if is_sampled else name]
-        for _ in range(_DECODE_TRIES):
-            # The same prompts with one token of output and with many: the difference is decoding.
-            short = self._run(equal_lengths(count, context, 1), is_sampled=is_sampled)
-            long = self._run(equal_lengths(count, context, 1 + self._output_tokens), is_sampled=is_sampled)
-            if long > short:
-                return count * self._output_tokens / (long - short)
-        raise LeptonError(
-            f"{name}: {self._output_tokens} tokens more took less time than the prompt, {_DECODE_TRIES} times: this "
-            "machine is too busy to measure on; raise --output-tokens, or wait"
-        )
+        # While the other prompts are computed the first sequences decode already: those steps are not counted.
+        limits = self._blueprint.limits
+        num_stages = max(len(replica.stages) for replica in self._blueprint.plan.replicas)
+        prefill_steps = -(-count * context // limits.batch_tokens(num_stages))
+        output = 1 + self._output_tokens + num_stages * prefill_steps
+        steps = DecodeSteps()
+        self._controller.listen(steps.heard)
+        self._run(equal_lengths(count, context, output), is_sampled=is_sampled)
+        self._controller.listen(None)
+        rate = steps.tokens_per_s()
+        if rate is None:
+            raise LeptonError(f"{name}: too few of its steps only decode: raise --output-tokens")
+        return rate
 
     def _run(self, lengths: list[Lengths], *, is_sampled: bool = False) -> float:
         """Seconds from the first request handed over to the last one finished."""
@@ -116,7 +123,9 @@ class Measurement:
         if any(ready.device != "cpu" for ready in self._controller.ready.values()):
             return None
         config, plan = self._blueprint.config, self._blueprint.plan
-        limits = PlanLimits(cluster, plan, ModelCost.of(config, decide_dtypes(plan.precision, None, config.dtype)))
+        costs = ModelCost.of(config, decide_dtypes(plan.precision, None, config.dtype))
+        threads = {rank: ready.threads for rank, ready in self._controller.ready.items()}
+        limits = PlanLimits(cluster, plan, costs, threads)
         if name == "prefill":
             return limits.prefill()
         if name == "offline":

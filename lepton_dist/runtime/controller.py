@@ -12,6 +12,7 @@ from lepton_dist.coordinator.decisions import Write
 from lepton_dist.coordinator.dispatcher import Dispatcher
 from lepton_dist.coordinator.prior import measured_prior, typical_prior
 from lepton_dist.coordinator.report import RunRecord
+from lepton_dist.coordinator.reports import StepReport
 from lepton_dist.engine.request import Request
 from lepton_dist.errors import ConfigError, LeptonError, RankLostError, RequestError
 from lepton_dist.plan.precision import Dtypes
@@ -66,6 +67,7 @@ class Controller:
         self._refused: dict[int, SessionRefused] = {}
         self._closed: set[int] = set()
         self._abandoned: set[int] = set()
+        self._hears: Callable[[int, StepReport], object] | None = None
         self._examined: dict[int, RankFacts] = {}
 
     def open(
@@ -107,6 +109,10 @@ class Controller:
     def record(self) -> RunRecord:
         """What the session has done so far, or the last one did."""
         return self._require_recorder().record()
+
+    def listen(self, hears: Callable[[int, StepReport], object] | None) -> None:
+        """Who hears every report of a replica's steps from here on, besides balancer and record; None for nobody."""
+        self._hears = hears
 
     def examine(self, model: str = "", *, kinds: Sequence[str] = (), threads: int = 0) -> list[RankFacts]:
         """What every rank finds out about its machine and its links, in rank order; no session need be open.
@@ -242,6 +248,8 @@ class Controller:
         elif isinstance(message, Measured):
             self._dispatcher.ran(message.replica, message.begun, message.report)
             self._require_recorder().ran(message.replica, len(message.begun), message.report)
+            if self._hears is not None:
+                self._hears(message.replica, message.report)
         elif isinstance(message, Dropped):
             keys = [key for key in message.keys if not Soundness.is_probe(key)]
             self._dispatcher.dropped(message.replica, keys)

@@ -25,7 +25,7 @@ from lepton_dist.parallel.stage import ParallelStage, StageLink, build_stage, op
 from lepton_dist.plan.devices import Binding, Sight, place_ranks
 from lepton_dist.plan.document import parse_plan
 from lepton_dist.plan.placement import Seat
-from lepton_dist.plan.plan import Replica
+from lepton_dist.plan.plan import Plan, Replica
 from lepton_dist.plan.precision import Dtypes
 from lepton_dist.runtime.blueprint import Blueprint
 from lepton_dist.runtime.fitting import blocks_left, fitting_blocks
@@ -59,7 +59,7 @@ def open_session(world: World, order: OpenSession) -> tuple[Session | None, Sess
         LeptonError: a GPU's memory ran out where it should have sufficed.
     """
     plan = parse_plan(order.plan)
-    machines = _meet_machines(world, order.threads, looks_for_gpus=plan.wants_gpus)
+    machines = _meet_machines(world, order.threads, plan)
     threads = torch.get_num_threads()
     blueprint = Blueprint.draw(order.model, plan, world.size)
     dtypes = Dtypes(order.weights, order.kv_cache, order.wire, order.compute)
@@ -180,20 +180,23 @@ class _Machines:
     sights: list[Sight]
 
 
-def _meet_machines(world: World, asked: int, *, looks_for_gpus: bool) -> _Machines:
+def _meet_machines(world: World, asked: int, plan: Plan) -> _Machines:
     """What each rank may use, found before any of them takes some.
 
-    Sets the threads of this rank's kernels too: as asked, or by the job, or its fair share of the node's cores.
+    Sets the threads of this rank's kernels too: as asked, or by the job, or its fair share of the node's cores, which
+    ranks that the plan leaves out have no part in.
     """
     mask = affinity_mask()
-    sight = pack_sight(see_gpus() if looks_for_gpus else Sight())
+    sight = pack_sight(see_gpus() if plan.wants_gpus else Sight())
     room = available_bytes(world.nodes.count(world.nodes[world.rank])) + head_start().held_bytes
     mine = [room, *mask, *sight]
     everyone = world.group(range(world.size), "machines")
     rows = everyone.all_gather(torch.tensor(mine)).tolist()
     end = 1 + len(mask)
-    masks = [rows[rank][1:end] for rank in range(world.size) if world.nodes[rank] == world.nodes[world.rank]]
-    torch.set_num_threads(asked or asked_threads() or fair_threads(masks, world.local_rank))
+    here = world.nodes[world.rank]
+    at_work = [rank for rank in range(world.size) if world.nodes[rank] == here and rank in {*plan.ranks, world.rank}]
+    share = fair_threads([rows[rank][1:end] for rank in at_work], at_work.index(world.rank))
+    torch.set_num_threads(asked or asked_threads() or share)
     return _Machines(everyone, [row[0] for row in rows], [unpack_sight(row[end:]) for row in rows])
 
 
