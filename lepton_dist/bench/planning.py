@@ -37,7 +37,7 @@ def load_target(
     machines = read_cluster(cluster)
     config = planned_config(model)
     stream = _stream(workload)
-    found = InputLengths([stream], []) if stream is not None else _requests(model, workload, options, config)
+    found = InputLengths([stream], []) if stream is not None else load_lengths(model, workload, options, config)
     if not found.requests:
         raise UsageError(
             f"--workload {workload}: holds no request that can be run; {'; '.join(found.notes) or 'it is empty'}"
@@ -64,7 +64,12 @@ def _stream(workload: str) -> RequestLengths | None:
     return RequestLengths(prompt, output, output)
 
 
-def _requests(model: str, workload: str, options: Mapping[str, Any], config: ModelConfig) -> InputLengths:
+def load_lengths(model: str, workload: str, options: Mapping[str, Any], config: ModelConfig) -> InputLengths:
+    """The requests of a file: lengths, or the input of `generate`. `options` as for `load_target`.
+
+    Raises:
+        UsageError: the file or the tokenizer cannot be read.
+    """
     if _holds_lengths(workload):
         return InputLengths(read_workload(workload), [])
     given = {name: value for name, value in options.items() if name == "max_tokens" and value is not None}

@@ -7,13 +7,13 @@ import statistics
 from dataclasses import dataclass
 from io import BytesIO
 
+from lepton_dist.bench.planning import load_lengths
 from lepton_dist.coordinator.cluster import Cluster
 from lepton_dist.coordinator.cluster_document import read_cluster
 from lepton_dist.coordinator.cost_model import CostModel
 from lepton_dist.coordinator.simulator import Simulated, Simulator, kv_blocks
 from lepton_dist.coordinator.timeline import chrome_trace
 from lepton_dist.coordinator.workload import RequestLengths
-from lepton_dist.coordinator.workload_file import read_workload
 from lepton_dist.errors import ConfigError, UsageError
 from lepton_dist.plan.plan import Plan
 from lepton_dist.plan.precision import decide_dtypes
@@ -21,6 +21,7 @@ from lepton_dist.runtime.blueprint import Blueprint
 from lepton_dist.runtime.decision_log import decision_log
 from lepton_dist.runtime.opening import load_plan_document
 from lepton_dist.storage.outputs import write_output
+from lepton_dist.telemetry.voice import notice
 
 _MOST_ROWS = 32
 
@@ -55,10 +56,10 @@ def load_simulation(model: str, cluster: str, plan: str, workload: str, dtype: s
     if wanted is None or document is None:
         raise UsageError("--plan: a plan is needed")
     machines = read_cluster(cluster)
-    requests = read_workload(workload)
     try:
         blueprint = Blueprint.draw(model, wanted, len(machines.ranks))
         config = blueprint.config
+        found = load_lengths(model, workload, {"output_tokens": None}, config)
         dtypes = decide_dtypes(wanted.precision, dtype, config.dtype)
         costs = CostModel(
             machines, blueprint.plan, config.shape, dtypes, is_gated=config.is_gated, is_tied=config.is_tied
@@ -66,7 +67,11 @@ def load_simulation(model: str, cluster: str, plan: str, workload: str, dtype: s
         blocks = kv_blocks(blueprint.plan, costs, machines, blueprint.most_blocks())
     except ConfigError as error:
         raise document.located(error) from None
-    return Simulation(blueprint.plan, machines, costs, blocks, requests)
+    for note in found.notes:
+        notice(note)
+    if not found.requests:
+        raise UsageError(f"--workload {workload}: holds no request that can be run")
+    return Simulation(blueprint.plan, machines, costs, blocks, found.requests)
 
 
 def summary(plan: Plan, result: Simulated) -> str:

@@ -86,7 +86,7 @@ def _flushed() -> bool:
 
 
 def _split(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """The command and its own arguments."""
+    """The command and its own arguments; without any, the commands are listed."""
     listing = "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="lepton-dist",
@@ -95,7 +95,21 @@ def _split(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
-    return parser.parse_args(arguments[:1]).command, arguments[1:]
+    parser.add_argument("--version", action="store_true", help="show the version and leave")
+    if not arguments:
+        parser.print_help()
+        sys.exit(EXIT_USAGE)
+    first = arguments[0]
+    if first == "help":
+        return _split([*arguments[1:2], "--help"])
+    if first == "--version":
+        from importlib.metadata import version  # not above: it takes longer than the rest of this file
+
+        print(f"lepton-dist {version('lepton-dist')}")
+        sys.exit(EXIT_DONE)
+    if not first.startswith("-") and first not in COMMANDS:
+        parser.error(f"there is no command {first!r}; known: {', '.join(COMMANDS)}")
+    return parser.parse_args([first]).command, arguments[1:]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--workload",
         metavar="FILE",
         required=True,
-        help='JSON lines: {"prompt_tokens": N, "output_tokens": N} with max_tokens, arrival_s, count if wanted',
+        help='JSON lines: {"prompt_tokens": N, "output_tokens": N} with max_tokens, arrival_s, count if wanted; '
+        "or the input of `generate`",
     )
     parser.add_argument("--dtype", choices=FLOATS, help="over the plan's precision")
     parser.add_argument("--trace", metavar="FILE", help="write a timeline for https://ui.perfetto.dev")

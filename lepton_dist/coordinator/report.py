@@ -54,7 +54,8 @@ class RankRecord:
 class RunRecord:
     """A run of `seconds` from its first request to its last answer.
 
-    `prior` says from what steps were predicted before any was seen; `predicted_tokens_per_s` is the plan's estimate.
+    `prior` says from what steps were predicted before any was seen, and `is_prior_measured` whether that was measured
+    on these machines; `predicted_tokens_per_s` is the plan's estimate.
     """
 
     seconds: float
@@ -62,6 +63,7 @@ class RunRecord:
     ranks: tuple[RankRecord, ...]
     prior: str
     predicted_tokens_per_s: float | None = None
+    is_prior_measured: bool = True
 
 
 def make_report(record: RunRecord) -> dict[str, Any]:
@@ -74,6 +76,7 @@ def make_report(record: RunRecord) -> dict[str, Any]:
         "tokens_per_s": tokens / record.seconds if record.seconds else 0.0,
         "predicted_tokens_per_s": record.predicted_tokens_per_s,
         "prior": record.prior,
+        "is_prior_measured": record.is_prior_measured,
         "bucket_s": record.seconds / NUM_BUCKETS,
         "replicas": [_replica(index, replica) for index, replica in enumerate(record.replicas)],
         "ranks": [_rank(rank, record, loads) for rank in record.ranks],
@@ -153,7 +156,12 @@ def _audit(rank: RankRecord, record: RunRecord) -> str:
 
 
 def report_text(report: dict[str, Any]) -> str:
-    """The report as a table for people, with the audit below it."""
+    """The report as a table for people, with the audit below it.
+
+    Predictions for machines that nobody has measured are left out: they are off by factors, and mean nothing.
+    """
+    if not report["is_prior_measured"]:
+        return "\n".join((*_plain_lines(report), *_shown_audit(report)))
     lines = [
         f"{'replica':>7}{'requests':>10}{'steps':>8}{'tokens':>9}{'measured':>11}{'predicted':>11}  error of a step"
     ]
@@ -173,11 +181,22 @@ def report_text(report: dict[str, Any]) -> str:
         f"predicted from {report['prior']}",
         f"{report['tokens']} tokens in {report['seconds']:.1f} s: {report['tokens_per_s']:.1f} tokens/s{against}",
     ]
-    audit = report["audit"]
-    lines += audit[:_SHOWN_AUDIT_LINES]
-    if len(audit) > _SHOWN_AUDIT_LINES:
-        lines.append(f"... and {len(audit) - _SHOWN_AUDIT_LINES} more idle ranks: see the report's file")
-    return "\n".join(lines)
+    return "\n".join((*lines, *_shown_audit(report)))
+
+
+def _plain_lines(report: dict[str, Any]) -> list[str]:
+    """What was done, without what was expected."""
+    lines = [f"{'replica':>7}{'requests':>10}{'steps':>8}{'tokens':>9}{'in steps':>11}"]
+    for row in report["replicas"]:
+        counts = f"{row['replica']:>7}{row['requests']:>10}{row['steps']:>8}{row['tokens']:>9}"
+        lines.append(f"{counts}{row['measured_s']:>9.2f} s")
+    return lines
+
+
+def _shown_audit(report: dict[str, Any]) -> list[str]:
+    audit: list[str] = report["audit"]
+    more = len(audit) - _SHOWN_AUDIT_LINES
+    return audit[:_SHOWN_AUDIT_LINES] + ([f"... and {more} more idle ranks: see the report's file"] if more > 0 else [])
 
 
 def _term_lines(report: dict[str, Any]) -> list[str]:

@@ -107,6 +107,7 @@ class Recorder:
             ),
             ranks=self._ranks(),
             prior=self._prior.source,
+            is_prior_measured=self._prior.is_measured,
             predicted_tokens_per_s=float(estimate) if isinstance(estimate, int | float) else None,
         )
 

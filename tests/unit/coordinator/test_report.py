@@ -100,6 +100,11 @@ def test_load_over_time_adds_up_to_the_busy_time(
     assert bool(report["audit"]) == (rank["busy"] < 0.9 - 1e-9) or rank["busy"] == pytest.approx(0.9)
 
 
+def test_predictions_for_machines_that_nobody_measured_are_not_told() -> None:
+    text = report_text(make_report(replace(RUN, is_prior_measured=False)))
+    assert "predicted" not in text and "error of a step" not in text and "requests" in text
+
+
 def test_the_table_tells_the_same() -> None:
     text = report_text(make_report(RUN))
     assert "30 tokens in 100.0 s: 0.3 tokens/s, 0.3 predicted" in text
