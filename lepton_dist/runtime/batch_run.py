@@ -71,7 +71,7 @@ def run_batch(controller: Controller, interrupts: Interrupts, config: GenerateCo
         if intake.is_done(within_s=EARLY_S) and intake.opened().journal.is_complete:
             return _was_complete(intake.opened().journal)
         with decision_log(config.decision_log) as write:
-            open_model(controller, request, document, write=write)
+            open_model(controller, request, document, write=write, drawn=(blueprint, dtypes))
             while not intake.is_done():
                 controller.advance()
             opened = intake.opened()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from lepton_dist.comm.wait import Backoff
 from lepton_dist.comm.world import World
 from lepton_dist.coordinator.cluster import Cluster
@@ -94,7 +96,8 @@ class Controller:
         self.ready.clear()
         self._refused.clear()
         for rank in range(self.world.size):
-            self._rank.send(rank, order)
+            own = {"checkpoint": blueprint.checkpoint.packed()} if rank == 0 else {}
+            self._rank.send(rank, msgspec.structs.replace(order, **own))
         timeout_s = blueprint.limits.load_timeout_s
         self._wait(lambda: set(range(self.world.size)) - {*self.ready, *self._refused}, timeout_s, "loading")
         if self._refused:

@@ -16,7 +16,10 @@ from lepton_dist.text.completion import RequestOutput
 
 
 class OpenSession(msgspec.Struct, tag=True):
-    """To every rank: load a model under a plan. `plan` is resolved YAML; dtypes are names."""
+    """To every rank: load a model under a plan. `plan` is resolved YAML; dtypes are names.
+
+    `checkpoint` is what rank 0 has read of the model; it is sent to rank 0 alone, which broadcasts it.
+    """
 
     model: str
     plan: str
@@ -25,6 +28,7 @@ class OpenSession(msgspec.Struct, tag=True):
     wire: str
     compute: str
     threads: int
+    checkpoint: bytes = b""
 
 
 class SessionReady(msgspec.Struct, tag=True):

@@ -18,6 +18,7 @@ from lepton_dist.plan.plan import Plan
 from lepton_dist.plan.precision import Dtypes, decide_dtypes
 from lepton_dist.runtime.blueprint import Blueprint
 from lepton_dist.runtime.controller import Controller
+from lepton_dist.runtime.head_start import head_start
 from lepton_dist.runtime.messages import OpenSession
 from lepton_dist.telemetry.voice import notice
 
@@ -52,7 +53,7 @@ def draw_blueprint(world: World, request: ModelRequest, document: Document | Non
     """
     plan = (request.plan or Plan()).laid_out(world.nodes)
     try:
-        blueprint = Blueprint.draw(request.model, plan, world.size)
+        blueprint = Blueprint.draw(request.model, plan, world.size, head_start().take_checkpoint(request.model))
     except ConfigError as error:
         raise (document.located(error) if document is not None else error) from None
     on_gpus = all(blueprint.plan.device_of(stage) == "cuda" for r in blueprint.plan.replicas for stage in r.stages)
@@ -79,15 +80,18 @@ def open_model(
     *,
     is_dynamic: bool = True,
     write: Write | None = None,
+    drawn: tuple[Blueprint, Dtypes] | None = None,
 ) -> Blueprint:
     """Open a session on every rank, and say what it holds; `is_dynamic` and `write` as in `Controller.open`.
+
+    `drawn` is what `draw_blueprint` has given, if it was asked before.
 
     Raises:
         CheckpointError, ConfigError: the model or the plan is wrong.
         RankLostError: a rank was not ready in time.
     """
     world = controller.world
-    blueprint, dtypes = draw_blueprint(world, request, document)
+    blueprint, dtypes = drawn or draw_blueprint(world, request, document)
     for text in filter(None, (blueprint.checkpoint.notice, dtypes.notice)):
         notice(text)
     if not (request.plan and request.plan.has_layout) and world.size > 1:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from lepton_dist.comm.calibrate import calibrate
@@ -19,6 +20,7 @@ from lepton_dist.engine.kv_cache import KvCache
 from lepton_dist.engine.runner import StageRunner
 from lepton_dist.errors import LeptonError
 from lepton_dist.kernels.cpu.native import native_problem
+from lepton_dist.parallel.checkpoint import Checkpoint
 from lepton_dist.parallel.load import load_seat
 from lepton_dist.parallel.requirements import weight_bytes
 from lepton_dist.parallel.stage import ParallelStage, StageLink, build_stage, open_hops, stage_group
@@ -61,7 +63,7 @@ def open_session(world: World, order: OpenSession) -> tuple[Session | None, Sess
     plan = parse_plan(order.plan)
     machines = _meet_machines(world, order.threads, plan)
     threads = torch.get_num_threads()
-    blueprint = Blueprint.draw(order.model, plan, world.size)
+    blueprint = Blueprint.draw(order.model, plan, world.size, _told_checkpoint(machines.everyone, order))
     dtypes = Dtypes(order.weights, order.kv_cache, order.wire, order.compute)
     devices = _take_devices(world, blueprint, machines.sights)
     bindings = devices.bindings
@@ -74,7 +76,7 @@ def open_session(world: World, order: OpenSession) -> tuple[Session | None, Sess
     }
     seat = blueprint.seats.get(world.rank)
     opening = None if seat is None else _Opening(world, blueprint, dtypes, devices, seat)
-    stage = None if opening is None else opening.stage()
+    stage = None if opening is None else opening.stage(fitting)
     if has_gpus:
         # Each GPU is measured when all that share it hold their weights, and before any takes its cache.
         peak = 0 if opening is None or stage is None else opening.rehearse(stage)
@@ -111,8 +113,8 @@ class _Opening:
         self.replica = blueprint.plan.replicas[seat.replica]
         self.geometry = blueprint.geometry(seat, getattr(torch, dtypes.kv_cache))
 
-    def stage(self) -> ParallelStage:
-        """Load the shard and open the groups."""
+    def stage(self, fitting: Mapping[int, int]) -> ParallelStage:
+        """Load the shard and open the groups; `fitting` are the blocks of each rank's KV cache, at most."""
         blueprint, seat, world, device = self._blueprint, self._seat, self._world, self._devices.device
         with self._told_of_memory("its weights"):
             begun = head_start().take()
@@ -123,7 +125,12 @@ class _Opening:
         calibrate(tp)
         with self._told_of_memory("its weights"):
             overlaps = blueprint.limits.overlap and world.serves_any_thread
-            return build_stage(seat, blueprint.config, held, self._dtypes, tp, link, device, overlaps=overlaps)
+            # No sequence outgrows the cache, however long a context the checkpoint promises.
+            most = min(fitting[rank] for rank in self.replica.ranks) * blueprint.limits.block_tokens
+            positions = min(blueprint.context_tokens, most)
+            return build_stage(
+                seat, blueprint.config, held, self._dtypes, tp, link, device, overlaps=overlaps, positions=positions
+            )
 
     def rehearse(self, stage: ParallelStage) -> int:
         """The bytes that steps take at most on this rank's GPU; 0 on a CPU."""
@@ -198,6 +205,15 @@ def _meet_machines(world: World, asked: int, plan: Plan) -> _Machines:
     share = fair_threads([rows[rank][1:end] for rank in at_work], at_work.index(world.rank))
     torch.set_num_threads(asked or asked_threads() or share)
     return _Machines(everyone, [row[0] for row in rows], [unpack_sight(row[end:]) for row in rows])
+
+
+def _told_checkpoint(everyone: Group, order: OpenSession) -> Checkpoint:
+    """What rank 0 has read of the model, so that no other rank opens its small files and headers. Collective."""
+    length = everyone.broadcast(torch.tensor([len(order.checkpoint)]))
+    packed = torch.empty(int(length), dtype=torch.int8)
+    if order.checkpoint:
+        packed.numpy()[:] = np.frombuffer(order.checkpoint, np.int8)
+    return Checkpoint.unpacked(order.model, everyone.broadcast(packed).numpy().tobytes())
 
 
 def _take_devices(world: World, blueprint: Blueprint, sights: Sequence[Sight]) -> Devices:

@@ -59,7 +59,7 @@ def cut(path: Path, size: int) -> None:
 
 
 def drop_tensor(path: Path, name: str) -> None:
-    edit_header(path, lambda header: header.pop(name))
+    edit_header(path, lambda header: header.update(another=header.pop(name)))
 
 
 def store_as_integers(path: Path, name: str) -> None:
@@ -104,7 +104,7 @@ CASES = [
     model_case("a config cut short", ["config.json", "not valid JSON"], lambda m: cut(m / "config.json", 100)),
     model_case(
         "a config with binary in it",
-        ["config.json", "utf-8", "0xff"],
+        ["config.json", "UTF-8", "byte 1"],
         lambda m: (m / "config.json").write_bytes(b"{\xff}"),
     ),
     model_case(

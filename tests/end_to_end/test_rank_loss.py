@@ -66,6 +66,7 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def change(header: dict[str, dict[str, object]]) -> None:
         end = max(int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__")  # type: ignore[index]
         embedding = header["model.embed_tokens.weight"]
+        header["where it was"] = dict(embedding)
         embedding["shape"], embedding["data_offsets"] = [vocab, width], [end, end + vocab * width * 2]
 
     edit_header(weights, change)
