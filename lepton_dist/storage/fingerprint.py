@@ -1,4 +1,4 @@
-"""What a model or an input *is*, by content: copies are equal wherever they lie, and whenever they were written.
+"""What a model *is*, by content: copies are equal wherever they lie, and whenever they were written.
 
 Small files are read whole. Of a large weight file its size, its header and some blocks are read, so that 100 GB take
 about a second; a change of a few weights in between, which keeps the size, goes unseen.
@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from lepton_dist.errors import CheckpointError, UsageError
-from lepton_dist.files import open_regular
+from lepton_dist.errors import CheckpointError
 from lepton_dist.storage.index import weight_files
 
 _BLOCK_BYTES = 64 * 1024
@@ -30,9 +29,19 @@ _READ = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-# What else belongs to a model, and to other programs that read it.
-_SUFFIXES = frozenset({".json", ".jinja", ".model", ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".zst"})
-_PATTERNS = ("*", "additional_chat_templates/*.jinja")
+# What else belongs to a model, and to other programs that read it; not every .json, which may be a run's.
+_OTHERS = (
+    "vocab.json",
+    "merges.txt",
+    "*_config.json",
+    "*.index.json",
+    "README.md",
+    "LICENSE*",
+    "*.jinja",
+    "*.model",
+    "*.py",
+)
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx")
 
 
 def model_fingerprint(directory: str | Path) -> str:
@@ -64,25 +73,8 @@ def model_files(directory: str | Path) -> list[Path]:
         OSError: the directory cannot be read.
     """
     root = Path(directory)
-    return sorted(path for pattern in _PATTERNS for path in root.glob(pattern) if _is_part_of_model(path))
-
-
-def file_digest(path: str | Path) -> str:
-    """The SHA-256 of a whole file, in hexadecimal.
-
-    Raises:
-        UsageError: the file cannot be read.
-    """
-    try:
-        with open_regular(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _is_part_of_model(path: Path) -> bool:
-    is_other = path.name.startswith(".") or path.name.endswith(".job.json")
-    return path.suffix in _SUFFIXES and not is_other and path.is_file()
+    found = {path for pattern in (*_READ, *_OTHERS, *_WEIGHTS) for path in root.glob(pattern) if path.is_file()}
+    return sorted(found)
 
 
 def _add_content(digest: hashlib.blake2b, path: Path, size: int, num_blocks: int) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 import lepton_dist.storage
 from lepton_dist.errors import LeptonError, OutputError, StoppedEarly
-from lepton_dist.storage.fingerprint import file_digest, model_fingerprint
+from lepton_dist.storage.fingerprint import model_files, model_fingerprint
 from lepton_dist.storage.input_rows import InputRows, read_input_rows, survey
 from lepton_dist.storage.journal import Journal
 from lepton_dist.storage.output_files import rows_path
@@ -464,6 +464,13 @@ def test_model_fingerprints_follow_content_only(tmp_path: Path) -> None:
         assert model(f"f{number}", {name: b"{}"}) != base
 
 
+def test_the_files_that_must_not_be_written_over(tmp_path: Path) -> None:
+    mine = ["config.json", "tokenizer.model", "old.bin", "processor_config.json", "model.safetensors.index.json"]
+    for name in (*mine, "results.jsonl.report.json", "prompts.jsonl", "results.json"):
+        (tmp_path / name).touch()
+    assert {path.name for path in model_files(tmp_path)} == set(mine)
+
+
 def test_large_weights_are_sampled_fast(tmp_path: Path) -> None:
     size = 20_000_000_000
     for number in range(5):
@@ -485,7 +492,3 @@ def test_fingerprints_name_what_they_cannot_read(tmp_path: Path) -> None:
     for directory in (tmp_path, tmp_path / "absent"):
         with pytest.raises(LeptonError, match=r"holds no \*\.safetensors file"):
             model_fingerprint(directory)
-    with pytest.raises(LeptonError, match="absent: cannot be read: No such file"):
-        file_digest(tmp_path / "absent")
-    (tmp_path / "x").write_bytes(b"abc")
-    assert file_digest(tmp_path / "x").startswith("ba7816bf8f01cfea")
