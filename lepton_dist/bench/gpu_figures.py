@@ -19,7 +19,8 @@ from lepton_dist.bench.gpu_model import BLOCK_TOKENS, RandomModel
 from lepton_dist.bench.gpu_peer import transformers_rate
 from lepton_dist.bench.workload import make_requests, offline_lengths
 from lepton_dist.engine.batch import RunBatch
-from lepton_dist.engine.engine import Engine, Scanner
+from lepton_dist.engine.engine import Engine
+from lepton_dist.engine.request import Scanner
 from lepton_dist.engine.runner import BegunStep
 from lepton_dist.errors import LeptonError
 from lepton_dist.plan.plan import EngineLimits

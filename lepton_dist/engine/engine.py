@@ -4,31 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
-from typing import Protocol
+from heapq import heappop, heappush
 
 from lepton_dist.config.sampling import SamplingParams
 from lepton_dist.engine.batch import RunBatch, make_batch, read_int32
 from lepton_dist.engine.kv_blocks import KvBlocks
-from lepton_dist.engine.request import Request, Sequence
+from lepton_dist.engine.request import Request, Scanner, Sequence
 from lepton_dist.engine.runner import StepResult
 from lepton_dist.engine.scheduler import Chunk, Scheduler
 from lepton_dist.engine.work import StepWork, count_work
 from lepton_dist.plan.plan import EngineLimits
 from lepton_dist.text.completion import Completion, RequestOutput, TokenLogprob
-
-
-class Scanner(Protocol):
-    """Looks for stop strings in the text of the tokens pushed so far.
-
-    `found` is the first that is complete, `cut` the length of the text before it, in characters.
-    """
-
-    found: str | None
-    cut: int
-
-    def push(self, token_id: int) -> bool:
-        """Whether a stop string is complete with this token."""
-        ...
 
 
 @dataclass
@@ -37,7 +23,6 @@ class _Progress:
 
     request: Request
     sequences: list[Sequence]
-    scanners: dict[int, Scanner]
     done: dict[int, Completion] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
 
@@ -72,6 +57,8 @@ class Engine:
         self._progress: dict[str, _Progress] = {}
         self._in_flight: dict[int, list[Chunk]] = {}
         self._num_steps = self._num_arrivals = 0
+        self._free_slots: list[int] = []
+        self._num_slots = 0
         self._fresh: set[str] = set()
         self._begun: list[str] = []
 
@@ -94,10 +81,12 @@ class Engine:
         """Queue a request; it must fit the cache."""
         stops = request.sampling.stop
         samples = range(request.sampling.n)
-        scanners = {sample: self._make_scanner(stops, request.preceding) for sample in samples} if stops else {}
         is_long = self._long_after is not None and len(request.prompt) > self._long_after
         sequences = [Sequence(request, sample, self._num_arrivals + sample, is_long) for sample in samples]
-        self._progress[request.key] = _Progress(request, sequences, scanners)
+        if stops:
+            for sequence in sequences:
+                sequence.scanner = self._make_scanner(stops, request.preceding)
+        self._progress[request.key] = _Progress(request, sequences)
         self._fresh.add(request.key)
         self._num_arrivals += len(sequences)
         for sequence in sequences:
@@ -147,12 +136,29 @@ class Engine:
                 if key in self._fresh:
                     self._fresh.remove(key)
                     self._begun.append(key)
-        batch = make_batch(self._num_steps, chunks)
+        batch = make_batch(self._num_steps, chunks, self._admitted(chunks))
         self._in_flight[self._num_steps] = chunks
         for row, chunk in enumerate(chunk for chunk in chunks if chunk.samples):
             chunk.sequence.last_row = row
         self._num_steps += 1
         return batch
+
+    def _admitted(self, chunks: list[Chunk]) -> list[Sequence]:
+        """Sequences with penalties that are sampled for the first time: each gets a slot."""
+        admitted = []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if sequence.is_penalised and sequence.slot < 0 and chunk.samples:
+                sequence.slot = heappop(self._free_slots) if self._free_slots else self._num_slots
+                self._num_slots = max(self._num_slots, sequence.slot + 1)
+                admitted.append(sequence)
+        return admitted
+
+    def _give_slot_back(self, sequence: Sequence) -> None:
+        """What is in flight of it runs before any step that gives the slot to another."""
+        if sequence.slot >= 0:
+            heappush(self._free_slots, sequence.slot)
+            sequence.slot = -1
 
     def apply(self, result: StepResult) -> list[tuple[str, RequestOutput]]:
         """Take in a step's tokens; returns the requests that are finished by them, or have failed."""
@@ -195,10 +201,12 @@ class Engine:
         """
         request, progress = sequence.request, self._progress[sequence.request.key]
         if not sequence.is_secluded:
+            self._give_slot_back(sequence)
             progress.sequences[sequence.sample] = self.scheduler.seclude(sequence)
             return None
         for one in progress.sequences:
             self.scheduler.cancel(one)
+            self._give_slot_back(one)
         del self._progress[request.key]
         count = len(sequence.tokens) - sequence.prompt_length
         where = f"after {count} token(s) of output" if count else "after the prompt"
@@ -216,9 +224,8 @@ class Engine:
             return "stop", None
         if token in sampling.stop_token_ids:
             return "stop", token
-        scanner = self._progress[sequence.request.key].scanners.get(sequence.sample)
-        if scanner is not None and scanner.push(token):
-            return "stop", scanner.found
+        if sequence.scanner is not None and sequence.scanner.push(token):
+            return "stop", sequence.scanner.found
         if len(sequence.tokens) - sequence.prompt_length >= sampling.max_tokens:
             return "length", None
         return None
@@ -226,10 +233,11 @@ class Engine:
     def _complete(self, sequence: Sequence, reason: str, stop: str | int | None) -> RequestOutput | None:
         """Close a sequence; the request's output when it was the last of its samples."""
         self.scheduler.finish(sequence)
+        self._give_slot_back(sequence)
         request = sequence.request
         progress = self._progress[request.key]
         has_logprobs = request.sampling.logprobs is not None
-        scanner = progress.scanners.get(sequence.sample)
+        scanner = sequence.scanner
         progress.done[sequence.sample] = Completion(
             index=sequence.sample,
             token_ids=sequence.generated,

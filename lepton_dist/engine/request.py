@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import msgspec
 
@@ -30,6 +31,20 @@ class Request(msgspec.Struct, frozen=True):
         return self.prompt[len(self.prompt) - self.num_preceding :]
 
 
+class Scanner(Protocol):
+    """Looks for stop strings in the text of the tokens pushed so far.
+
+    `found` is the first that is complete, `cut` the length of the text before it, in characters.
+    """
+
+    found: str | None
+    cut: int
+
+    def push(self, token_id: int) -> bool:
+        """Whether a stop string is complete with this token."""
+        ...
+
+
 def _no_blocks() -> array[int]:
     return array("i")
 
@@ -42,6 +57,9 @@ class Sequence:
     steps in flight, the last of them as row `last_row` of its step. The first `num_computed` of them all have (or, in
     flight, will have) their keys and values in the cache, in the blocks of `block_table`, int32; `num_published` of
     those are offered for reuse. It `is_running` while it holds blocks; `last_batch` is the last batch that it is in.
+
+    `slot` is where the last stage keeps the history that penalties look at, -1 before it has one; `make_batch` keeps
+    `settings`.
 
     A secluded sequence neither takes over blocks that others have computed nor offers its own; in one that is unscored,
     a position of the prompt had logits that are not numbers.
@@ -58,6 +76,10 @@ class Sequence:
     num_published: int = 0
     num_pending: int = 0
     last_row: int = 0
+    slot: int = -1
+    settings: bytes = b""
+    is_penalised: bool = False
+    scanner: Scanner | None = None
     is_running: bool = False
     last_batch: int = -1
     is_done: bool = False
@@ -68,6 +90,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
+        self.is_penalised = self.request.sampling.has_penalties
 
     def secluded(self) -> Sequence:
         """The same sequence with nothing computed, to be computed anew from its tokens and from nobody's blocks."""
@@ -96,11 +119,10 @@ class Sequence:
     def can_run_ahead(self) -> bool:
         """Whether its next step may be ordered before the token that it begins with is known here.
 
-        Not where that token counts towards penalties, nor where it is the last one for certain.
+        Not where that token is the last one for certain.
         """
-        sampling = self.request.sampling
         drawn = len(self.tokens) + self.num_pending - self.prompt_length
-        return not sampling.has_penalties and drawn < sampling.max_tokens
+        return drawn < self.request.sampling.max_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:

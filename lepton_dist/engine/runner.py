@@ -14,6 +14,7 @@ from lepton_dist.comm.devices import Devices
 from lepton_dist.engine.batch import RunBatch, SampleRows, read_int32, read_rows, read_spans
 from lepton_dist.engine.decode_graphs import DecodeGraphs
 from lepton_dist.engine.kv_cache import CachedAttention, KvCache, Layout, lay_out
+from lepton_dist.engine.penalties import open_penalties
 from lepton_dist.engine.sampler import VocabShard, sample, score
 from lepton_dist.kernels.attention import ReadRows
 from lepton_dist.kernels.upload import upload
@@ -78,6 +79,10 @@ class StageRunner:
         rope = stage.decoder.rope
         self._has_long = rope is not None and rope.has_long
         self._drawn = torch.empty(0, dtype=torch.int64, device=self._device)
+        head = stage.decoder.head
+        size = 0 if head is None else head.projection.weight.out_features
+        self._shard = VocabShard(stage.vocab_start, size, stage.vocab, stage.tp)
+        self._penalties = open_penalties(stage.vocab_start, size, self._device)
 
     def expect(self, batch: RunBatch) -> None:
         """Post the receive of the batch's activations."""
@@ -167,35 +172,31 @@ class StageRunner:
         head = self._stage.decoder.head
         if head is None:
             raise ValueError("this stage has no head: only the last has")
-        stage = self._stage
-        shard = VocabShard(stage.vocab_start, head.projection.weight.out_features, stage.vocab, stage.tp)
         rows = read_int32(batch.samples.rows)
         tokens = torch.empty(0, dtype=torch.int64, device=self._device)
         logprobs: dict[int, list[TokenLogprob]] = {}
         if rows.size:
             sampled = hidden if rows.size == read.size else hidden[upload(np.searchsorted(read, rows), self._device)]
             logits = head(sampled)
-            tokens, logprobs = self._sample(logits, batch.samples, shard)
+            tokens, logprobs = self._sample(logits, batch.samples)
         prompt_logprobs = []
         prompt_rows = read_int32(batch.prompt_rows, 3).astype(np.int64)
         if prompt_rows.size:
             picked = upload(np.searchsorted(read, prompt_rows[:, 0]), self._device)
             following = upload(prompt_rows[:, 1], self._device)
-            prompt_logprobs = score(head(hidden[picked]), following, prompt_rows[:, 2].tolist(), shard)
+            prompt_logprobs = score(head(hidden[picked]), following, prompt_rows[:, 2].tolist(), self._shard)
         self._drawn = tokens
         host, wait = self._to_host(tokens, batch.step)
         return BegunStep(batch.step, host, logprobs, prompt_logprobs, wait)
 
-    def _sample(
-        self, logits: torch.Tensor, rows: SampleRows, shard: VocabShard
-    ) -> tuple[torch.Tensor, dict[int, list[TokenLogprob]]]:
-        asked = read_int32(rows.counts, 4)[:, 1]
+    def _sample(self, logits: torch.Tensor, rows: SampleRows) -> tuple[torch.Tensor, dict[int, list[TokenLogprob]]]:
+        asked, shard = read_int32(rows.counts, 3)[:, 1], self._shard
         scored = np.flatnonzero(asked >= 0)
         if not scored.size:
-            return sample(logits, rows, shard), {}
+            return sample(logits, rows, shard, self._penalties), {}
         index = upload(scored, self._device)
         raw = logits[index]  # a copy: sampling changes the logits
-        tokens = sample(logits, rows, shard)
+        tokens = sample(logits, rows, shard, self._penalties)
         entries = score(raw, tokens[index].clamp(min=0), asked[scored].tolist(), shard)
         return tokens, dict(zip(scored.tolist(), entries, strict=True))
 

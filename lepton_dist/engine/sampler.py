@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lepton_dist.comm.group import Group
 from lepton_dist.engine.batch import SampleRows, read_int32
-from lepton_dist.engine.penalties import apply_penalties
+from lepton_dist.engine.penalties import Penalties
 from lepton_dist.kernels.noise import gumbel
 from lepton_dist.kernels.row_maxima import row_maxima
 from lepton_dist.kernels.upload import upload
@@ -47,16 +47,16 @@ class VocabShard:
         return torch.arange(self.first, self.first + self.size, dtype=torch.int32, device=device)
 
 
-def sample(logits: torch.Tensor, rows: SampleRows, shard: VocabShard) -> torch.Tensor:
+def sample(logits: torch.Tensor, rows: SampleRows, shard: VocabShard, penalties: Penalties) -> torch.Tensor:
     """logits float32 [r, vocab/tp], changed in place -> token ids int64 [r], the same on every rank of the group.
 
     Which rows ask for what is known on the host, so nothing here waits for a GPU. An id is -1 where the logits are not
-    numbers.
+    numbers. `penalties` hold the histories of this shard's slots, and take in what is drawn.
     """
     device = logits.device
     settings = np.frombuffer(rows.settings, dtype=np.float32).reshape(-1, 6)
-    counts = read_int32(rows.counts, 4)
-    apply_penalties(logits, settings, counts, rows.history, shard.first)
+    counts = read_int32(rows.counts, 3)
+    record = penalties.begin(logits, rows)
     noisy = np.flatnonzero(settings[:, 0] > 0)
     if noisy.size:
         picked = upload(noisy, device)
@@ -67,7 +67,10 @@ def sample(logits: torch.Tensor, rows: SampleRows, shard: VocabShard) -> torch.T
         threshold = _threshold(scaled, filters, shard)
         scores = scaled + gumbel(keys, shard.tokens_on(device))
         logits[picked] = scores.masked_fill_(scaled < threshold.unsqueeze(1), -math.inf)
-    return arg_max(logits, shard)
+    drawn = arg_max(logits, shard)
+    if record is not None:
+        record(drawn)
+    return drawn
 
 
 def arg_max(scores: torch.Tensor, shard: VocabShard) -> torch.Tensor:

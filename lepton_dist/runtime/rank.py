@@ -9,7 +9,8 @@ from collections.abc import Callable
 from lepton_dist.comm.mailbox import Mailbox
 from lepton_dist.comm.world import World
 from lepton_dist.engine.batch import RunBatch
-from lepton_dist.engine.engine import Engine, Scanner
+from lepton_dist.engine.engine import Engine
+from lepton_dist.engine.request import Scanner
 from lepton_dist.engine.runner import BegunStep, StepResult
 from lepton_dist.errors import ConfigError
 from lepton_dist.plan.document import parse_plan

@@ -12,10 +12,10 @@ import torch
 from lepton_dist.comm.group import Group
 from lepton_dist.config.sampling import SamplingParams
 from lepton_dist.engine.batch import RunBatch, make_batch
-from lepton_dist.engine.engine import Engine, Scanner
+from lepton_dist.engine.engine import Engine
 from lepton_dist.engine.kv_cache import CachedAttention, KvCache, lay_out
 from lepton_dist.engine.kv_geometry import KvGeometry
-from lepton_dist.engine.request import Request, Sequence
+from lepton_dist.engine.request import Request, Scanner, Sequence
 from lepton_dist.engine.runner import StageRunner, StepResult
 from lepton_dist.engine.scheduler import Chunk
 from lepton_dist.kernels.activations import ACTIVATIONS

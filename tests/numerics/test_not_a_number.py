@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from lepton_dist.bench.gpu_figures import run_to_the_end
 from lepton_dist.bench.gpu_model import BLOCK_TOKENS, RandomModel
 from lepton_dist.config.sampling import SamplingParams
-from lepton_dist.engine.engine import Engine, Scanner
-from lepton_dist.engine.request import Request
+from lepton_dist.engine.engine import Engine
+from lepton_dist.engine.request import Request, Scanner
 from lepton_dist.errors import CheckpointError
 from lepton_dist.plan.plan import EngineLimits
 from lepton_dist.text.completion import RequestOutput

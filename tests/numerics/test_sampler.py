@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ import torch
 from lepton_dist.comm.world import run_local
 from lepton_dist.config.sampling import SamplingParams
 from lepton_dist.engine.batch import SampleRows, make_batch
+from lepton_dist.engine.device_penalties import DevicePenalties
+from lepton_dist.engine.penalties import Penalties, open_penalties
 from lepton_dist.engine.request import Request, Sequence
 from lepton_dist.engine.sampler import Filters, VocabShard, _threshold, sample, score
 from lepton_dist.engine.scheduler import Chunk
@@ -40,15 +42,23 @@ def params(**fields: Any) -> SamplingParams:
     return SamplingParams(**fields)
 
 
-def sample_rows(rows: list[Row]) -> SampleRows:
-    """The rows as they travel in a batch."""
+def sample_rows(rows: list[Row], begins: Container[int] | None = None) -> SampleRows:
+    """The rows as they travel in a batch; the slots of all, or of those that are named, begin with it."""
     chunks = []
     for index, row in enumerate(rows):
         request = Request(str(index), row.tokens[: row.prompt_length], row.sampling)
         sequence = Sequence(request, row.sample, index)
         sequence.tokens.extend(row.tokens[row.prompt_length :])
+        sequence.slot = index if row.sampling.has_penalties else -1
         chunks.append(Chunk(sequence, len(row.tokens) - 1, 1, True, False))
-    return make_batch(0, chunks).samples
+    slotted = [chunk.sequence for chunk in chunks if chunk.sequence.slot >= 0]
+    return make_batch(0, chunks, [one for one in slotted if begins is None or one.slot in begins]).samples
+
+
+def penalties(shard: VocabShard, *, for_device: bool = False) -> Penalties:
+    if for_device:
+        return DevicePenalties(shard.first, shard.size, torch.device("cpu"))
+    return open_penalties(shard.first, shard.size, torch.device("cpu"))
 
 
 def on_shards(shares: tuple[int, ...], run: Callable[[VocabShard], Any]) -> Any:
@@ -70,11 +80,43 @@ def draw(logits: torch.Tensor, rows: list[Row], shares: tuple[int, ...]) -> list
 
     def run(shard: VocabShard) -> list[int]:
         mine = logits[:, shard.first : shard.first + shard.size].clone()
-        ids: list[int] = sample(mine, packed, shard).tolist()
+        ids: list[int] = sample(mine, packed, shard, penalties(shard)).tolist()
         assert min(ids) >= 0
         return ids
 
     return list(on_shards(shares, run))
+
+
+@pytest.mark.parametrize("shares", [(1,), (5, 1, 2)], ids=str)
+def test_a_history_that_grows_where_tokens_are_drawn_is_the_one_that_is_sent(shares: tuple[int, ...]) -> None:
+    """Over pages and back: slots of short and long histories, begun in different steps, one of them begun again."""
+    generator = torch.Generator().manual_seed(11)
+    fields = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.4, "temperature": 0.0}
+    rows = [
+        Row(params(**fields), torch.randint(VOCAB, (size,), generator=generator).tolist(), size)
+        for size in (1, 250, 255, 256, 700)
+    ]
+    plain = Row(params(temperature=0.0), [3], 1)
+    values = torch.randn(30, len(rows) + 1, VOCAB, generator=generator)
+    values[:, :, 40:] -= 4  # few tokens, so that they come again
+
+    def run(shard: VocabShard) -> list[list[int]]:
+        held, on_device, drawn = penalties(shard), penalties(shard, for_device=True), []
+        grown = [replace(row, tokens=list(row.tokens)) for row in rows]
+        for step, logits in enumerate(values):
+            begins = [index for index in range(len(rows)) if index == step or (step, index) == (20, 1)]
+            chosen = [*grown[: step + 1], plain]
+            packed, mine = sample_rows(chosen, begins), logits[: len(chosen), shard.first : shard.first + shard.size]
+            fresh = sample(mine.clone(), sample_rows(chosen), shard, penalties(shard)).tolist()
+            ids = sample(mine.clone(), packed, shard, held).tolist()
+            assert ids == fresh
+            assert ids == sample(mine.clone(), packed, shard, on_device).tolist()
+            for row, token in zip(grown, ids, strict=False):
+                row.tokens.append(token)
+            drawn.append(ids)
+        return drawn
+
+    assert on_shards(shares, run) == on_shards((1,), run)
 
 
 def random_rows(count: int) -> tuple[torch.Tensor, list[Row]]:
@@ -221,7 +263,7 @@ def test_a_row_without_numbers_gets_no_token_and_the_others_theirs(fields: Mappi
     def run(shard: VocabShard) -> tuple[list[int], list[list[TokenLogprob]]]:
         mine = logits[:, shard.first : shard.first + shard.size].clone()
         scores = score(mine, torch.tensor([1, 2, 3, 4]), [1] * 4, shard)
-        return sample(mine, sample_rows([row] * 4), shard).tolist(), scores
+        return sample(mine, sample_rows([row] * 4), shard, penalties(shard)).tolist(), scores
 
     for shares in ((1,), (1, 1)):
         ids, scores = on_shards(shares, run)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lepton_dist.config.sampling import SamplingParams
-from lepton_dist.engine.batch import RunBatch, make_batch, read_int32, read_spans
+from lepton_dist.engine.batch import RunBatch, make_batch, read_admitted, read_int32, read_spans
 from lepton_dist.engine.engine import Engine
 from lepton_dist.engine.request import Request
 from lepton_dist.engine.request import Sequence as EngineSequence
@@ -46,7 +47,7 @@ def request(key: str, *, length: int = 3, **fields: Any) -> Request:
 
 def answer(batch: RunBatch, tokens: Sequence[int]) -> StepResult:
     """A result with these tokens, and a log-probability wherever one was asked for."""
-    asked = read_int32(batch.samples.counts, 4)[:, 1]
+    asked = read_int32(batch.samples.counts, 3)[:, 1]
     logprobs = {row: [TokenLogprob(-1.0, 1, tokens[row])] for row in np.flatnonzero(asked >= 0).tolist()}
     scored = [[TokenLogprob(-2.0, 1, int(token))] for token in read_int32(batch.prompt_rows, 3)[:, 1]]
     return StepResult(batch.step, np.array(tokens, dtype=np.int32).tobytes(), logprobs, scored)
@@ -124,20 +125,26 @@ def test_only_what_no_sample_has_begun_is_given_back() -> None:
 
 
 def test_a_batch_as_it_travels() -> None:
-    """Flat arrays: spans, block tables behind one another, the rows to sample, and histories only of the penalised."""
+    """Flat arrays: spans, block tables behind one another, rows to sample, and the history of a slot that begins."""
     first = EngineSequence(request("a", length=6, logprobs=3, temperature=0.5, seed=1, top_k=-1), 0, 0)
     first.block_table.extend([4, 2])
     second = EngineSequence(request("b", length=3, presence_penalty=0.5, prompt_logprobs=2), 0, 1, is_long=True)
     second.tokens.append(7)
     second.block_table.append(9)
-    batch = make_batch(8, [Chunk(first, 4, 2, True, False), Chunk(second, 1, 3, True, True)])
+    second.slot = 5
+    batch = make_batch(8, [Chunk(first, 4, 2, True, False), Chunk(second, 1, 3, True, True)], [second])
     assert (batch.step, batch.num_tokens) == (8, 5)
     assert read_int32(batch.tokens).tolist() == [4, 5, 1, 2, 7]
     assert read_spans(batch).tolist() == [[0, 2, 6, 2, 0], [2, 3, 4, 1, 1]]
     assert read_int32(batch.block_tables).tolist() == [4, 2, 9]
     assert read_int32(batch.samples.rows).tolist() == [1, 4]
-    assert read_int32(batch.samples.counts, 4).tolist() == [[0, 3, 0, 0], [0, -1, 3, 1]]
-    assert read_int32(batch.samples.history).tolist() == [0, 1, 2, 7]
+    assert read_int32(batch.samples.counts, 3).tolist() == [[0, 3, -1], [0, -1, 5]]
+    assert np.frombuffer(batch.samples.settings, dtype=np.float32).reshape(2, 6).tolist() == [
+        [0.5, 1, 0, 1, 0, 0],
+        [0, 1, 0, 1, 0.5, 0],
+    ]
+    (admitted,) = read_admitted(batch.samples)
+    assert (admitted.slot, admitted.prompt.tolist(), admitted.output.tolist()) == (5, [0, 1, 2], [7])
     # Of the prompt 0, 1, 2 only position 1 is scored in this chunk, by the token 2 behind it.
     assert read_int32(batch.prompt_rows, 3).tolist() == [[2, 2, 2]]
 
@@ -176,13 +183,41 @@ def test_the_noise_of_a_step_is_the_same_whether_it_ran_ahead() -> None:
     assert keys(0) == keys(1) and len(keys(1)) == 4
 
 
-def test_nothing_runs_ahead_of_a_token_that_counts_against_the_next() -> None:
-    made = engine(ahead=1)
-    made.add(request("penalised", presence_penalty=0.5))
-    made.add(request("plain"))
-    first, second = made.next_batch(), made.next_batch()
-    assert first is not None and second is not None
-    assert (len(read_spans(first)), len(read_spans(second))) == (2, 1)
+def test_a_history_is_sent_once_and_its_slot_is_used_again() -> None:
+    """What was drawn is known where it was drawn, so steps with penalties run ahead too; preemption changes nothing."""
+    made = engine(ahead=1, num_blocks=9, max_sequences=4)
+    for key in ("one", "two"):
+        made.add(request(key, length=6, presence_penalty=0.5, max_tokens=12, n=1 + (key == "two")))
+    made.add(request("plain", length=3, max_tokens=3))
+    sent: list[tuple[int, int, int]] = []
+    slots: dict[int, list[int]] = {}
+    waiting: list[RunBatch] = []
+    while made.has_work:
+        batch = made.next_batch() if made.has_room else None
+        if batch is None:
+            done = waiting.pop(0)
+            made.apply(answer(done, [5] * (len(done.samples.rows) // 4)))
+            continue
+        waiting.append(batch)
+        sent += [(item.slot, len(item.prompt), len(item.output)) for item in read_admitted(batch.samples)]
+        slots[batch.step] = read_int32(batch.samples.counts, 3)[:, 2].tolist()
+    assert made.scheduler.num_preemptions > 0 and len(waiting) == 0
+    assert sent == [(0, 6, 0), (1, 6, 0), (2, 6, 0)]
+    made.add(request("later", presence_penalty=0.5))
+    batch = made.next_batch()
+    assert batch is not None and read_int32(batch.samples.counts, 3)[0, 2] == 0
+
+
+def test_a_command_of_64_long_histories_is_small() -> None:
+    made = engine(num_blocks=64 * 140, block_tokens=16, max_batch_tokens=64 * 2048, max_sequences=64)
+    for index in range(64):
+        made.add(request(str(index), length=2048, repetition_penalty=1.1, frequency_penalty=0.1, max_tokens=9))
+    first = made.next_batch()
+    assert first is not None and len(list(read_admitted(first.samples))) == 64
+    made.apply(answer(first, [5] * 64))
+    batch = made.next_batch()
+    assert batch is not None and not batch.samples.admitted
+    assert len(msgspec.msgpack.encode(batch)) < 64 * 1024
 
 
 def test_a_sequence_without_numbers_begins_again_by_itself_before_it_fails() -> None:
