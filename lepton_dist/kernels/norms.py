@@ -33,6 +33,19 @@ def add_rms_norm(
     return rms_norm(hidden, weight, eps, dtype)
 
 
+def norm_heads(
+    x: torch.Tensor, heads: int, query_weight: torch.Tensor, key_weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """The `rms_norm` of each head of x [tokens, heads + kv_heads, head_dim]; it may take the place of `x`.
+
+    The first `heads` are multiplied with query_weight float32 [head_dim], the others with key_weight.
+    """
+    if pointwise.norm_heads(x, heads, query_weight, key_weight, eps):
+        return x
+    queries = rms_norm(x[:, :heads], query_weight, eps, x.dtype)
+    return torch.cat((queries, rms_norm(x[:, heads:], key_weight, eps, x.dtype)), dim=1)
+
+
 def _is_stream(x: torch.Tensor) -> bool:
     return x.dim() == 2 and x.dtype == torch.float32 and x.is_contiguous()
 

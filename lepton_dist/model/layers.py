@@ -14,7 +14,7 @@ from torch.nn import functional
 from lepton_dist.kernels.activations import gated
 from lepton_dist.kernels.attention import PagedBatch, ReadRows
 from lepton_dist.kernels.linear import Weight
-from lepton_dist.kernels.norms import add_rms_norm, layer_norm, rms_norm
+from lepton_dist.kernels.norms import add_rms_norm, layer_norm, norm_heads, rms_norm
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 """cos and sin of the rotation of each token: float32 [tokens, 1, dim / 2]."""
@@ -130,7 +130,10 @@ class Embedding:
 
 @dataclass
 class Attention:
-    """Grouped-query attention. Head counts come from the shapes of the local weights."""
+    """Grouped-query attention. Head counts come from the shapes of the local weights.
+
+    Norms of queries and keys are RMS norms with one epsilon; there are both or none.
+    """
 
     qkv: Linear
     q_norm: Norm | None
@@ -163,7 +166,7 @@ class Attention:
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         turned, value = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
         if self.q_norm is not None and self.k_norm is not None:
-            turned = torch.cat((self.q_norm(turned[:, :heads]), self.k_norm(turned[:, heads:])), dim=1)
+            turned = norm_heads(turned, heads, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
         return attend(layer, turned, value, angles, self.window, read).flatten(1)
 
 

@@ -1,4 +1,7 @@
-"""Which layers the compiled kernels take whole: those of the Llama kind, with weights in our own panels."""
+"""Which layers the compiled kernels take whole: RMS norms, rotation, gated SiLU, and weights in our own panels.
+
+So are those of Llama, Mistral, Qwen2 and Qwen3, with biases and with norms of queries and keys where they have them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ def native_layer(
     """The layer as two compiled calls; None where it is of another kind. `rotated` channels of each head turn."""
     linears = {"qkv": attention.qkv, "output": attention.output, "up": mlp.up, "down": mlp.down}
     products = _products(linears)
-    is_plain = attention.q_norm is None and attention_norm.bias is None and mlp_norm.bias is None
+    is_plain = attention_norm.bias is None and mlp_norm.bias is None
     is_silu = mlp.is_gated and mlp.activation is functional.silu
     if products is None or not (is_plain and is_silu and rotated):
         return None
@@ -29,8 +32,13 @@ def native_layer(
     )
     if not _fit(linears, sizes) or not NativeLayer.takes(sizes, attention_norm.dtype, rotated):
         return None
-    norms = LayerNorms(attention_norm.weight, attention_norm.eps, mlp_norm.weight, mlp_norm.eps)
-    return NativeLayer(sizes, norms, products, attention_norm.dtype)
+    heads, heads_eps = None, 0.0
+    if attention.q_norm is not None and attention.k_norm is not None:
+        heads, heads_eps = (attention.q_norm.weight, attention.k_norm.weight), attention.q_norm.eps
+    norms = LayerNorms(attention_norm.weight, attention_norm.eps, mlp_norm.weight, mlp_norm.eps, heads, heads_eps)
+    # Those of the other two come after the sums over ranks, which lie between the calls.
+    biases = {name: bias for name in ("qkv", "up") if (bias := linears[name].bias) is not None}
+    return NativeLayer(sizes, norms, products, biases, attention_norm.dtype)
 
 
 def _fit(linears: dict[str, Linear], sizes: LayerSizes) -> bool:
@@ -48,7 +56,7 @@ def _fit(linears: dict[str, Linear], sizes: LayerSizes) -> bool:
 def _products(linears: dict[str, Linear]) -> dict[str, NativeProduct] | None:
     found = {}
     for name, linear in linears.items():
-        if linear.bias is not None or linear.weight.native is None:
+        if linear.weight.native is None:
             return None
         found[name] = linear.weight.native
     return found

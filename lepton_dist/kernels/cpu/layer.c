@@ -36,6 +36,9 @@ int lepton_attention_half(const struct half_arguments *a) {
     char *qkv = normed + rows * l->hidden * size, *mixed = qkv + rows * stride * size;
     lepton_rms_norm(a->hidden, a->delta, l->attention_norm, normed, rows, l->hidden, l->kind, l->attention_eps, threads);
     if (multiply(&l->qkv, normed, qkv, rows, l->kind, threads)) return 1;
+    if (l->qkv_bias != NULL) lepton_add_bias(qkv, l->qkv_bias, rows, stride, l->kind, threads);
+    if (l->q_norm != NULL)
+        lepton_norm_heads(qkv, l->q_norm, l->k_norm, rows, l->heads, l->kv_heads, l->dim, stride, l->kind, l->head_eps, threads);
     lepton_rotate(qkv, a->cos, a->sin, rows, l->heads + l->kv_heads, l->dim, a->half, stride, l->kind, threads);
     const char *key = qkv + queries * size, *value = key + width * size;
     if (lepton_write_cache(
@@ -60,6 +63,7 @@ int lepton_mlp_half(const struct layer *l, float *hidden, const void *delta, voi
     char *inner = normed + rows * l->hidden * size, *gated = inner + rows * 2 * l->ffn * size;
     lepton_rms_norm(hidden, delta, l->mlp_norm, normed, rows, l->hidden, l->kind, l->mlp_eps, threads);
     if (multiply(&l->up, normed, inner, rows, l->kind, threads)) return 1;
+    if (l->up_bias != NULL) lepton_add_bias(inner, l->up_bias, rows, 2 * l->ffn, l->kind, threads);
     lepton_gated_silu(inner, gated, rows, l->ffn, l->kind, threads);
     return multiply(&l->down, gated, result, rows, l->kind, threads);
 }

@@ -43,23 +43,30 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class LayerNorms:
-    """Weights float32 [hidden] and epsilons of a layer's two RMS norms."""
+    """Weights float32 [hidden] and epsilons of a layer's two RMS norms; [head_dim] for queries and keys, or None."""
 
     attention: torch.Tensor
     attention_eps: float
     mlp: torch.Tensor
     mlp_eps: float
+    heads: tuple[torch.Tensor, torch.Tensor] | None = None
+    heads_eps: float = 0.0
 
 
 class NativeLayer:
-    """One layer: RMS norms, attention with rotation, a gated SiLU MLP, no biases.
+    """One layer: RMS norms, attention with rotation, a gated SiLU MLP.
 
-    `products` has one for each of `PRODUCTS`; `dtype` is that of the activations. The results are those of the kernels
-    called one by one.
+    `products` has one for each of `PRODUCTS`, `biases` those of qkv and up that there are; `dtype` is that of the
+    activations. The results are those of the kernels called one by one.
     """
 
     def __init__(
-        self, sizes: LayerSizes, norms: LayerNorms, products: dict[str, NativeProduct], dtype: torch.dtype
+        self,
+        sizes: LayerSizes,
+        norms: LayerNorms,
+        products: dict[str, NativeProduct],
+        biases: dict[str, torch.Tensor],
+        dtype: torch.dtype,
     ) -> None:
         library = native_library()
         if library is None:
@@ -69,13 +76,24 @@ class NativeLayer:
             if not is_dense(weight, torch.float32, sizes.hidden):
                 found = f"{weight.dtype} {tuple(weight.shape)}"
                 raise ValueError(f"a layer of {sizes.hidden} channels takes norms of float32, not {found}")
-        self._kept = norms, products  # whose memory the structure points to
+        widths = {"qkv": (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim, "up": 2 * sizes.ffn}
+        wide = {name: bias.detach().float().contiguous() for name, bias in biases.items()}
+        q_norm, k_norm = norms.heads or (None, None)
+        vectors = [(wide[name], widths[name]) for name in wide]
+        vectors += [(norm, sizes.head_dim) for norm in norms.heads or ()]
+        for vector, width in vectors:
+            if not is_dense(vector, torch.float32, width):
+                raise ValueError(f"a bias or a norm of {width} channels is {vector.dtype} {tuple(vector.shape)}")
+        self._kept = norms, products, wide  # whose memory the structure points to
         self._sizes, self._group, self._dtype = sizes, sizes.heads // sizes.kv_heads, dtype
         self._layer = Layer(
             **{f"{name}_matmul": product.function for name, product in products.items()},
             **{f"{name}_call": product.call for name, product in products.items()},
             attention_norm=norms.attention.data_ptr(),
             mlp_norm=norms.mlp.data_ptr(),
+            **{f"{name}_bias": bias.data_ptr() for name, bias in wide.items()},
+            q_norm=None if q_norm is None else q_norm.data_ptr(),
+            k_norm=None if k_norm is None else k_norm.data_ptr(),
             hidden=sizes.hidden,
             heads=sizes.heads,
             kv_heads=sizes.kv_heads,
@@ -85,6 +103,7 @@ class NativeLayer:
             window=sizes.window or 0,
             attention_eps=norms.attention_eps,
             mlp_eps=norms.mlp_eps,
+            head_eps=norms.heads_eps,
         )
         self._address = ctypes.addressof(self._layer)
         self._known: tuple[Callable[[], torch.Tensor | None], Callable[[], torch.Tensor | None]] = (_none, _none)

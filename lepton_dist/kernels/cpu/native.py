@@ -22,6 +22,7 @@ _SIGNATURES = {
     **{f"lepton_pack_{kind}{level}": "ppiiii" for kind in ("bf16", "int8", "int4") for level in ("", "_512")},
     "lepton_load_rows": "pi",
     "lepton_rms_norm": "ppppiiifi",
+    "lepton_norm_heads": "pppiiiiiifi",
     "lepton_gated_silu": "ppiiii",
     "lepton_rotate": "pppiiiiiii",
     "lepton_write_cache": "pppppiiiiiiiii",

@@ -35,6 +35,38 @@ TARGET void lepton_rms_norm(
     }
 }
 
+/* y [rows, out] += bias float32 [out]. */
+TARGET void lepton_add_bias(void *y, const float *bias, int64_t rows, int64_t out, int64_t kind, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * out > SMALL)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t k0 = 0; k0 < out; k0 += 64) {
+            const int64_t count = out - k0 < 64 ? out - k0 : 64;
+            float part[64];
+            widen(y, kind, r * out + k0, count, part);
+            for (int64_t k = 0; k < count; k++) part[k] += bias[k0 + k];
+            narrow(part, count, y, kind, r * out + k0);
+        }
+}
+
+/* The root mean square norm of each of the first `heads` heads of x [rows, stride], times q_norm float32 [dim], and of the
+   `kv_heads` behind them, times k_norm, in place. `dim` is at most 256. */
+TARGET void lepton_norm_heads(
+    void *x, const float *q_norm, const float *k_norm, int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim,
+    int64_t stride, int64_t kind, float eps, int64_t threads
+) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * (heads + kv_heads) * dim > SMALL)
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t h = 0; h < heads + kv_heads; h++) {
+            const float *weight = h < heads ? q_norm : k_norm;
+            float head[256], squares = 0;
+            widen(x, kind, r * stride + h * dim, dim, head);
+            for (int64_t k = 0; k < dim; k++) squares += head[k] * head[k];
+            const float factor = 1.0f / sqrtf(squares / (float)dim + eps);
+            for (int64_t k = 0; k < dim; k++) head[k] *= factor * weight[k];
+            narrow(head, dim, x, kind, r * stride + h * dim);
+        }
+}
+
 /* Up to 64 values from index k of row r of x [rows, 2 ffn], which holds gate, then up: silu(gate) * up -> y [rows, ffn]. */
 INLINE void gate_some(const void *x, void *y, int64_t r, int64_t k, int64_t ffn, int64_t kind) {
     const int64_t count = ffn - k < 64 ? ffn - k : 64;

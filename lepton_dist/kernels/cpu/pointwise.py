@@ -16,6 +16,8 @@ from lepton_dist.kernels.gradients import needs_gradient
 
 MAX_HALF = 256
 """Channels of half a head that can be rotated, as in pointwise.c."""
+MAX_DIM = 256
+"""Channels of a head that can be normed, likewise."""
 
 
 def library_for(*tensors: torch.Tensor) -> ctypes.CDLL | None:
@@ -86,6 +88,26 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
         return False
     places = (x.data_ptr(), cos.data_ptr(), sin.data_ptr())
     library.lepton_rotate(*places, rows, heads, dim, half, strides[0], KINDS[x.dtype], torch.get_num_threads())
+    return True
+
+
+def norm_heads(x: torch.Tensor, heads: int, query_weight: torch.Tensor, key_weight: torch.Tensor, eps: float) -> bool:
+    """The RMS norm of each head of x [tokens, heads + kv_heads, head_dim], in place; weights float32 [head_dim].
+
+    The heads of a token lie side by side.
+    """
+    shape, strides = x.shape, x.stride()
+    if len(shape) != 3 or not are_side_by_side(shape, strides) or not 0 <= heads <= shape[1] or shape[2] > MAX_DIM:
+        return False
+    rows, both, dim = shape
+    has_weights = is_dense(query_weight, torch.float32, dim) and is_dense(key_weight, torch.float32, dim)
+    if not has_weights or (rows > 1 and strides[0] < both * dim) or (library := library_for(x)) is None:
+        return False
+    if needs_gradient(query_weight, key_weight):
+        return False
+    places = x.data_ptr(), query_weight.data_ptr(), key_weight.data_ptr()
+    sizes = rows, heads, both - heads, dim, strides[0], KINDS[x.dtype]
+    library.lepton_norm_heads(*places, *sizes, eps, torch.get_num_threads())
     return True
 
 

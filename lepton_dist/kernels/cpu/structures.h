@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define LEPTON_ABI 2
+#define LEPTON_ABI 3
 
 /* A kind of numbers is 0 for float32, 1 for bfloat16. Strides are in elements. */
 
@@ -35,12 +35,14 @@ struct product {
     const struct matmul_call *call;
 };
 
-/* A decoder layer: the weights of its matmuls and norms, and its sizes on this rank. */
+/* A decoder layer: the weights of its matmuls and norms, and its sizes on this rank. What a family lacks is NULL. */
 struct layer {
     struct product qkv, output, up, down;
     const float *attention_norm, *mlp_norm;
+    const float *qkv_bias, *up_bias; /* as long as the products' outputs */
+    const float *q_norm, *k_norm;    /* [dim], both or none */
     int64_t hidden, heads, kv_heads, dim, ffn, kind, window;
-    float attention_eps, mlp_eps;
+    float attention_eps, mlp_eps, head_eps;
 };
 
 /* The arguments of a function, one behind the other: from Python one costs less than each of them alone. */

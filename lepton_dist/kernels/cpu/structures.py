@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from struct import Struct
 
-ABI = 2
+ABI = 3
 """Raised with every change of a structure or of a function's arguments, here and in structures.h."""
 
 PRODUCTS = ("qkv", "output", "up", "down")
@@ -42,9 +42,9 @@ class Layer(ctypes.Structure):
 
     _fields_ = (
         *_pointers(*(f"{name}_{part}" for name in PRODUCTS for part in ("matmul", "call"))),
-        *_pointers("attention_norm", "mlp_norm"),
+        *_pointers("attention_norm", "mlp_norm", "qkv_bias", "up_bias", "q_norm", "k_norm"),
         *_numbers("hidden", "heads", "kv_heads", "dim", "ffn", "kind", "window"),
-        *((name, ctypes.c_float) for name in ("attention_eps", "mlp_eps")),
+        *((name, ctypes.c_float) for name in ("attention_eps", "mlp_eps", "head_eps")),
     )
 
 
