@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lepton_dist.config.generate import GenerateConfig
 from lepton_dist.runtime.run_report import report_paths
 from lepton_dist.storage.output_files import files_of_output
@@ -19,12 +17,13 @@ def check_run_files(config: GenerateConfig, cluster: str | None) -> None:
     output, *beside = files_of_output(config.output)
     reports = report_paths(output)
     written = {"the output": output, "the decision log": config.decision_log}
-    written |= {f"{path.name}, which a run keeps beside its output,": path for path in (*beside, *reports)}
     read = {
         "the input": config.input,
-        "the model": config.model,
         "the plan": config.plan,
         "the run file": config.run_file,
         "the cluster file": cluster,
     }
-    refuse_overwriting(written, {what: Path(path) if path else None for what, path in read.items()})
+    refuse_overwriting(written, {"the model": config.model, **read})
+    # Their names are no model's: a run whose output lies in the model's directory finds its own there.
+    kept = {f"{path.name}, which a run keeps beside its output,": path for path in (*beside, *reports)}
+    refuse_overwriting({**written, **kept}, read)

@@ -16,6 +16,7 @@ from tests.end_to_end.rig import (
     ROOT,
     arguments,
     by_key,
+    copy_model,
     generate,
     num_lines,
     read_rows,
@@ -135,6 +136,18 @@ def test_rows_are_corrected_and_added_where_there_is_no_answer_yet(tmp_path: Pat
     write_rows(source, [{**good, "prompt": "import re\n"}, bad])
     changed = run(generate(MODEL, source, output, *OPTIONS))
     assert changed.returncode == 2 and "2 row(s) of the input that have changed" in changed.stderr, changed.report()
+
+
+def test_results_may_lie_in_the_models_directory(tmp_path: Path) -> None:
+    model = copy_model(tmp_path / "mini")
+    body = {"prompt": "import os\n", "max_tokens": 2}
+    row = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    source = write_rows(model / "in.jsonl", [row])
+    for output in ("results.jsonl", "results.json"):
+        for _ in range(2):  # the second start finds what the first has left there, and resumes
+            job = run(generate(Path(), source, Path(output)), cwd=model)
+            assert job.returncode == 0, job.report()
+        assert read_rows(model / output)[0]["response"]["body"]["model"] == "mini"
 
 
 def test_an_output_belongs_to_one_run_and_one_writer(tmp_path: Path) -> None:
