@@ -18,6 +18,7 @@ from lepton_dist.plan.axes import Span
 from lepton_dist.storage import row_loading
 from lepton_dist.storage.index import CheckpointIndex
 from lepton_dist.storage.row_loading import RowLoading, RowRun
+from lepton_dist.storage.slices import SliceReader
 
 pytestmark = pytest.mark.skipif(native_library() is None, reason="no compiled kernels: not built, or no AVX2")
 
@@ -66,6 +67,29 @@ def test_as_a_matrix_that_was_read_whole(
     whole = torch.cat(parts)[:, columns.start : columns.stop]
     found = load(tmp_path, kind, columns, threads, is_begun=is_begun)
     assert torch.equal(found, PanelWeight.of(whole, kind).packed)
+
+
+def bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_of_wide_rows_only_the_wanted_columns_are_read(tmp_path: Path) -> None:
+    matrix = torch.randn(70, 20_000).bfloat16()
+    save_file({"wide": matrix}, tmp_path / "model.safetensors")  # which leaves it in the system's memory
+    stored = CheckpointIndex.read(tmp_path)["wide"]
+    for columns in (Span(0, 5000), Span(15_000, 20_000), Span(7, 2007)):
+        panels = Panels(64, columns.size, "bfloat16")
+        before = bytes_read()
+        with closing(RowLoading([(RowRun(stored, Span(6, 70), columns, 0), panels)])) as loading:
+            loading.finish(2)
+        assert bytes_read() - before < 64 * columns.size * 2 + 40_000
+        wanted = matrix[6:70, columns.start : columns.stop]
+        assert torch.equal(PanelWeight(panels).packed, PanelWeight.of(wanted, "bfloat16").packed)
+        with SliceReader(2) as reader:
+            target = torch.empty(64, columns.size)
+            reader.read(stored, Span(6, 70), columns, target)
+            assert reader.bytes_read == 64 * columns.size * 2
+        assert torch.equal(target, wanted.float())
 
 
 def test_float32_rows_are_rounded_too(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
