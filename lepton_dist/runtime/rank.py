@@ -145,10 +145,11 @@ class Rank:
             self._behind = None
 
     def _open_session(self, order: OpenSession) -> None:
-        limits = parse_plan(order.plan).engine
+        plan = parse_plan(order.plan)
+        limits = plan.engine
         self._watch("loading", limits.load_timeout_s)
         try:
-            session, ready = open_session(self.world, order)
+            session, ready = open_session(self.world, order, plan)
         except ConfigError as error:
             self.send(0, SessionRefused(self.world.rank, error.message, error.key))
             return

@@ -22,15 +22,13 @@ from lepton_dist.errors import LeptonError
 from lepton_dist.kernels.cpu.native import native_problem
 from lepton_dist.parallel.checkpoint import Checkpoint
 from lepton_dist.parallel.load import load_seat
-from lepton_dist.parallel.requirements import weight_bytes
 from lepton_dist.parallel.stage import ParallelStage, StageLink, build_stage, open_hops, stage_group
 from lepton_dist.plan.devices import Binding, Sight, place_ranks
-from lepton_dist.plan.document import parse_plan
 from lepton_dist.plan.placement import Seat
 from lepton_dist.plan.plan import Plan, Replica
 from lepton_dist.plan.precision import Dtypes
 from lepton_dist.runtime.blueprint import Blueprint
-from lepton_dist.runtime.fitting import blocks_left, fitting_blocks
+from lepton_dist.runtime.fitting import Fitting
 from lepton_dist.runtime.gpu_memory import Rehearsed, free_bytes, kv_room_bytes, rehearse
 from lepton_dist.runtime.head_start import head_start
 from lepton_dist.runtime.messages import OpenSession, SessionReady
@@ -52,15 +50,14 @@ class Session:
         self.runner.close()
 
 
-def open_session(world: World, order: OpenSession) -> tuple[Session | None, SessionReady]:
-    """Load this rank's shard and connect it to the others; collective over the world.
+def open_session(world: World, order: OpenSession, plan: Plan) -> tuple[Session | None, SessionReady]:
+    """Load this rank's shard under the order's `plan` and connect it to the others; collective over the world.
 
     Raises:
         CheckpointError: a weight file cannot be read.
         ConfigError: devices, weights or KV cache do not fit the machines; every rank raises the same.
         LeptonError: a GPU's memory ran out where it should have sufficed.
     """
-    plan = parse_plan(order.plan)
     machines = _meet_machines(world, order.threads, plan)
     threads = torch.get_num_threads()
     blueprint = Blueprint.draw(order.model, plan, world.size, _told_checkpoint(machines.everyone, order))
@@ -70,8 +67,9 @@ def open_session(world: World, order: OpenSession) -> tuple[Session | None, Sess
     has_gpus = any(binding.is_gpu for binding in bindings)
     budgets = _budgets(machines, devices) if has_gpus else machines.budgets
     # Every rank asks for all of them, so that either all go on or none does.
+    fit = Fitting(blueprint, dtypes)
     fitting = {
-        rank: fitting_blocks(blueprint, seat, dtypes, budgets[rank], world.hosts[rank], is_gpu=bindings[rank].is_gpu)
+        rank: fit.blocks(seat, budgets[rank], world.hosts[rank], is_gpu=bindings[rank].is_gpu)
         for rank, seat in sorted(blueprint.seats.items())
     }
     seat = blueprint.seats.get(world.rank)
@@ -82,14 +80,14 @@ def open_session(world: World, order: OpenSession) -> tuple[Session | None, Sess
         peak = 0 if opening is None or stage is None else opening.rehearse(stage)
         rooms = _measured_rooms(machines.everyone, devices, peak, bindings[world.rank].sharers)
         gpu_rooms = {rank: rooms[rank] for rank in blueprint.seats if bindings[rank].is_gpu}
-        fitting = blocks_left(blueprint, dtypes, gpu_rooms, world.hosts, fitting)
+        fitting = fit.left(gpu_rooms, world.hosts, fitting)
     if opening is None or stage is None or seat is None:
         return None, SessionReady(world.rank, threads=threads)
     blocks = min(fitting[rank] for rank in opening.replica.ranks)
     runner, notices = opening.runner(stage, blocks)
     geometry = opening.geometry
     _return_free_memory()
-    held = weight_bytes(blueprint.table, seat, dtypes)
+    held = fit.weight_bytes(seat)
     ready = SessionReady(
         world.rank,
         blocks,

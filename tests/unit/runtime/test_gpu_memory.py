@@ -17,7 +17,7 @@ from lepton_dist.plan.document import parse_plan
 from lepton_dist.plan.plan import EngineLimits
 from lepton_dist.plan.precision import decide_dtypes
 from lepton_dist.runtime.blueprint import Blueprint
-from lepton_dist.runtime.fitting import blocks_left, fitting_blocks, num_blocks
+from lepton_dist.runtime.fitting import Fitting, num_blocks
 from lepton_dist.runtime.gpu_memory import kv_room_bytes, rehearsals
 
 GIB = 1 << 30
@@ -59,7 +59,7 @@ def test_a_model_that_does_not_fit_its_gpu_is_told_with_both_numbers() -> None:
     drawn = blueprint()
     dtypes = decide_dtypes(drawn.plan.precision, None, drawn.config.dtype)
     with pytest.raises(ConfigError, match=r"rank 0 on a needs \d+ bytes for weights, but its GPU has 1000 free for it"):
-        fitting_blocks(drawn, drawn.seats[0], dtypes, 1000, "a", is_gpu=True)
+        Fitting(drawn, dtypes).blocks(drawn.seats[0], 1000, "a", is_gpu=True)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_cache_that_does_not_fit_says_what_to_lower(asked: Any, room: int, mes
     drawn = blueprint(kv_cache_bytes=asked)
     dtypes = decide_dtypes(drawn.plan.precision, None, drawn.config.dtype)
     with pytest.raises(ConfigError) as caught:
-        blocks_left(drawn, dtypes, {0: room}, ["a"], {0: 7})
+        Fitting(drawn, dtypes).left({0: room}, ["a"], {0: 7})
     assert message in str(caught.value) and "lower engine.max_batch_tokens" in str(caught.value)
     assert caught.value.key == "engine.kv_cache_bytes"
 
@@ -81,7 +81,7 @@ def test_a_cache_that_does_not_fit_says_what_to_lower(asked: Any, room: int, mes
 def test_ranks_on_cpus_keep_what_they_had() -> None:
     drawn = blueprint()
     dtypes = decide_dtypes(drawn.plan.precision, None, drawn.config.dtype)
-    assert blocks_left(drawn, dtypes, {}, ["a"], {0: 7}) == {0: 7}
+    assert Fitting(drawn, dtypes).left({}, ["a"], {0: 7}) == {0: 7}
 
 
 def test_float16_is_kept_where_every_stage_is_on_gpus() -> None:

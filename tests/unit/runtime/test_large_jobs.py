@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -13,14 +14,19 @@ from lepton_dist.coordinator.prior import typical_prior
 from lepton_dist.coordinator.report import make_report
 from lepton_dist.coordinator.reports import RanStep, StepReport, report_every_s, samples_a_report
 from lepton_dist.engine.work import StepWork
+from lepton_dist.plan.document import parse_plan
 from lepton_dist.plan.plan import Plan, Replica, Stage
+from lepton_dist.plan.precision import decide_dtypes
+from lepton_dist.runtime import fitting as fitting_module
 from lepton_dist.runtime import recorder as module
+from lepton_dist.runtime.blueprint import Blueprint
 from lepton_dist.runtime.messages import Codec, Measured
 from lepton_dist.runtime.recorder import Recorder
 from tests.unit.coordinator.test_cost_model import SHAPE
 from tests.unit.coordinator.test_oracles import BF16
 
 REPLICAS = 1000
+MODEL = Path(__file__).parents[3] / "configs" / "examples" / "tiny-stdlib"
 
 
 def recorder(replicas: int, patch: pytest.MonkeyPatch, clock: Callable[[], float]) -> tuple[Recorder, CostModel]:
@@ -80,3 +86,17 @@ def test_a_session_of_weeks_keeps_a_bounded_record(monkeypatch: pytest.MonkeyPat
     assert sum(span.busy_s for span in spans) == pytest.approx(30_000)
     assert all(first.start_s + first.seconds <= second.start_s for first, second in pairwise(spans))
     assert sum(len(rank._products) for rank in stage._ranks) + len(stage._moves) <= 2 * 4096
+
+
+def test_seats_of_one_shape_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fits a thousand ranks is found from the few shapes that their seats have."""
+    drawn = Blueprint.draw(str(MODEL), parse_plan("mesh: {dp: 512, pp: 2, tp: 1}"), 1024)
+    dtypes = decide_dtypes(drawn.plan.precision, None, drawn.config.dtype)
+    asked = []
+    original = fitting_module.weight_bytes
+    monkeypatch.setattr(fitting_module, "weight_bytes", lambda *of: asked.append(of) or original(*of))
+    fitting = fitting_module.Fitting(drawn, dtypes)
+    blocks = {fitting.blocks(seat, 1 << 30, "host") for seat in drawn.seats.values()}
+    assert len(asked) == 2 and len(blocks) == 1
+    for rank in (0, 1, 1023):
+        assert fitting.weight_bytes(drawn.seats[rank]) == original(drawn.table, drawn.seats[rank], dtypes)
