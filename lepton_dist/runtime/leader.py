@@ -13,6 +13,7 @@ from lepton_dist.engine.request import Request
 from lepton_dist.engine.runner import BegunStep, StageRunner, StepResult
 from lepton_dist.errors import RankLostError
 from lepton_dist.runtime.messages import Abandoned, CloseSession, Dropped, Finished, Measured, Message
+from lepton_dist.telemetry.stopwatch import Stopwatch
 
 
 class Leader:
@@ -40,6 +41,7 @@ class Leader:
         self._send, self._describe_last = send, describe_last
         self._begun: deque[BegunStep] = deque()
         self._last_progress_s = time.monotonic()
+        self._since_progress = Stopwatch()  # for the deadline: a job that was suspended goes on
         self._is_closing = False
         self._steps: list[RanStep] = []
         self._busy_since_s: float | None = None
@@ -83,7 +85,7 @@ class Leader:
         Raises:
             RankLostError: a step has not come back in time.
         """
-        if self._engine.num_in_flight and time.monotonic() - self._last_progress_s > self._step_timeout_s:
+        if self._engine.num_in_flight and self._since_progress.look() > self._step_timeout_s:
             raise RankLostError(
                 f"while stepping: no result within {self._step_timeout_s:g} s from {self._describe_last()}"
             )
@@ -94,6 +96,7 @@ class Leader:
             return self._wait()
         if self._engine.num_in_flight == 1:
             self._last_progress_s = time.monotonic()
+            self._since_progress.restart()
             if self._busy_since_s is None:
                 self._busy_since_s = self._last_progress_s
         self._run(batch)
@@ -115,6 +118,7 @@ class Leader:
         since_s = self._last_progress_s if self._busy_since_s is None else self._busy_since_s
         self._steps.append(RanStep(self._engine.counts(result.step), now_s - since_s))
         self._last_progress_s = self._busy_since_s = now_s
+        self._since_progress.restart()
         finished = self._engine.apply(result)
         while self._begun and not self._engine.has_work:  # what ran ahead of the end
             self._engine.apply(self._begun.popleft().result())

@@ -95,6 +95,25 @@ def test_a_signal_ends_with_75_and_whole_rows(
     assert all(undisturbed.rows[key] == row for key, row in rows.items())
 
 
+@pytest.mark.parametrize(("mesh", "stopped_s"), [("pp: 2", 7.0), pytest.param("tp: 2", 75.0, marks=pytest.mark.slow)])
+def test_a_job_that_is_suspended_as_a_whole_goes_on(
+    undisturbed: Undisturbed, tmp_path: Path, mesh: str, stopped_s: float
+) -> None:
+    """SLURM suspends jobs for longer than any deadline: here those are 3 s, and 63 s of the watchdog."""
+    output = tmp_path / "out.jsonl"
+    settings = plan(tmp_path / "plan.yaml", mesh, max_sequences=2, step_timeout_s=3, load_timeout_s=60)
+    with started(generate(MODEL, undisturbed.source, output, *SETTINGS, "--plan", settings), ranks=2) as job:
+        wait_for(lambda: num_lines(output) > 0, job, "the first row")
+        for number, pause_s in ((signal.SIGSTOP, stopped_s), (signal.SIGCONT, 0.0)):
+            for pid in job.pids():
+                os.kill(pid, number)
+            time.sleep(pause_s)
+            assert job.process.poll() is None, job.stderr
+        end = job.wait(120)
+    assert end.returncode == 3 and not end.left, end.report()  # the input has bad rows
+    assert by_key(read_rows(output)) == undisturbed.rows
+
+
 def test_a_second_signal_leaves_at_once(undisturbed: Undisturbed, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     with launched(2, generate(MODEL, undisturbed.source, output, *SETTINGS, "--grace", "60")) as job:
