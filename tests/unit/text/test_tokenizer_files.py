@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import tokenizers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lepton_dist.errors import CheckpointError
+from lepton_dist.text.detokenizer import StopScanner
 from lepton_dist.text.tokenizer import Tokenizer
 from tests.checkpoints import write_sentencepiece
 
@@ -184,3 +187,61 @@ def test_odd_but_harmless_values(tmp_path: Path, backends: Backends) -> None:
     directory = written(tmp_path / "m", "byte_level", backends, "llama", config)
     (directory / "config.json").write_text(json.dumps({"model_type": []}))
     assert Tokenizer.load(directory).encode("again") == Tokenizer(backends["byte_level"](), {}, {}).encode("again")
+
+
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 300),
+    st.sampled_from([2**40, 1.5, "", "x", "<s>", "▁", "LlamaTokenizer", "Qwen2Tokenizer", "BPE", "Fuse"]),
+    st.lists(st.sampled_from(["<a>", 5, None, {"content": "<b>"}]), max_size=2),
+    st.dictionaries(
+        st.sampled_from(["type", "content", "special", "5", "x"]), st.sampled_from([5, "y", True]), max_size=2
+    ),
+)
+
+
+def changed(data: st.DataObject, value: Any) -> Any:
+    """A JSON value with one thing in it replaced, wherever it lies."""
+    if isinstance(value, dict) and value and data.draw(st.integers(0, 5)):
+        key = data.draw(st.sampled_from(sorted(value)))
+        return value | {key: changed(data, value[key])}
+    if isinstance(value, list) and value and data.draw(st.integers(0, 5)):
+        place = data.draw(st.integers(0, min(len(value), 5) - 1))
+        return [*value[:place], changed(data, value[place]), *value[place + 1 :]]
+    return data.draw(ODD)
+
+
+@given(data=st.data())
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_wrong_in_the_files_is_a_fault_of_the_checkpoint(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory, backends: Backends
+) -> None:
+    directory = tmp_path_factory.mktemp("m") / "m"
+    kind = data.draw(st.sampled_from(["prepend", "byte_level"]))
+    flags = {"content": "<b>", **FLAGS}
+    config = NAMES | {"tokenizer_class": "LlamaTokenizer", "added_tokens_decoder": {"3": flags}, "legacy": False}
+    written(
+        directory,
+        kind,
+        backends,
+        "llama",
+        config | {"extra_special_tokens": ["<c>"], "chat_template": "{{ bos_token }}"},
+    )
+    (directory / "special_tokens_map.json").write_text(json.dumps({"pad_token": flags}))
+    (directory / "added_tokens.json").write_text(json.dumps({"<d>": 300}))
+    for name in data.draw(
+        st.lists(st.sampled_from(sorted(path.name for path in directory.iterdir())), max_size=2, unique=True)
+    ):
+        path = directory / name
+        text = json.dumps(changed(data, json.loads(path.read_text())))
+        path.write_text(text[: data.draw(st.integers(0, len(text)))] if data.draw(st.integers(0, 9)) == 0 else text)
+    try:
+        tokenizer = Tokenizer.load(directory)
+        ids = tokenizer.encode("again <b> x")
+        StopScanner(tokenizer, ["x"], ids)
+    except CheckpointError as error:
+        assert len(str(error)) < 2000
+        return
+    for text in (tokenizer.decode(ids), "".join(map(tokenizer.token_text, ids))):
+        assert isinstance(text, str)
