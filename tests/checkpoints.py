@@ -78,10 +78,10 @@ def random_tensors(*, vocab: int = 96, hidden: int = 32, ffn: int = 64, layers: 
     return found
 
 
-def write_random(folder: Path, *, dtype: str = "F32", **changes: Any) -> Path:
+def write_random(folder: Path, *, stored: str = "F32", **changes: Any) -> Path:
     """A checkpoint of random weights, the same ones each time; `changes` as in `llama_config`."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / "model.safetensors", random_tensors(), dtype)
+    save_tensors(folder / "model.safetensors", random_tensors(), stored)
     (folder / "config.json").write_text(json.dumps(llama_config(96, 32, 64, 2, **changes)))
     return folder
 
