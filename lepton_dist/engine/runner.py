@@ -93,7 +93,12 @@ class StageRunner:
         return self._devices is not None and self._devices.courier.progress()
 
     def close(self) -> None:
-        """Let go of threads, and of captured graphs, which must go before communicators whose operations they hold."""
+        """Let go of threads, and of captured graphs, which must go before communicators whose operations they hold.
+
+        Raises:
+            RankLostError: activations that were sent did not leave in time.
+        """
+        self._stage.link.flush()
         self._graphs = None
         if self._stage.decoder.overlap is not None:
             self._stage.decoder.overlap.close()

@@ -7,6 +7,7 @@ keys of the first, which are in the cache by then. What is computed and summed i
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from lepton_dist.model.decoder_layer import DecoderLayer
 from lepton_dist.model.layers import Angles, Attend, Linear
 from lepton_dist.plan.crossing import OVERLAP_ROWS
 
+_WIDTHS_AN_OCTAVE = 8  # of steps that are compared: unlike ones take unlike times a row
 _TRIALS = 2  # of each way; the faster one of its two counts, as the first may meet cold memory
 _LEAST_GAIN = 0.98  # of the time in one piece, that lanes must stay below
 
@@ -31,16 +33,18 @@ Agree = Callable[[float], float]
 class Overlap:
     """Runs wide steps in lanes, where that was found to be faster.
 
-    The first few are run both ways in turn and timed: on a fast network two narrow products and the handing over can
-    cost more than the sums do. The thread that carries sums carries one after the other, in the order that is the same
-    on every rank; while it has one, the other does not communicate: MPI takes calls of one thread at a time.
+    The first few of one width are run both ways, alternately, and timed: on a fast network two narrow products and the
+    handing over can cost more than the sums do. The thread that carries sums carries one after the other, in the order
+    that is the same on every rank; while it has one, the other does not communicate: MPI takes calls of one thread at a
+    time.
     """
 
     def __init__(self, agree: Agree) -> None:
         # Its own arithmetic is little, and a second team of threads would fight with the one that computes.
         self._carrier = ThreadPoolExecutor(1, "lepton-sums", initializer=_begin)
         self._agree = agree
-        self._row_s: dict[bool, list[float]] = {False: [], True: []}  # in lanes or not: seconds a row of trials
+        # Seconds a row of trials in one piece and in lanes, of steps about as wide.
+        self._row_s: dict[int, tuple[list[float], list[float]]] = {}
         self._pays: bool | None = None
 
     def run(
@@ -56,10 +60,10 @@ class Overlap:
             return run_in_one_piece(layers, hidden, angles, attend)
         if self._pays:
             return self._in_lanes(layers, hidden, angles, attend)
-        whole, cut = self._row_s[False], self._row_s[True]
+        whole, cut = self._row_s.setdefault(round(_WIDTHS_AN_OCTAVE * math.log2(rows)), ([], []))
         is_cut, start_s = len(cut) < len(whole), time.perf_counter()
         delta = (self._in_lanes if is_cut else run_in_one_piece)(layers, hidden, angles, attend)
-        self._row_s[is_cut].append((time.perf_counter() - start_s) / rows)
+        (cut if is_cut else whole).append((time.perf_counter() - start_s) / rows)
         if len(cut) == _TRIALS:
             self._pays = self._agree(min(cut) / min(whole)) < _LEAST_GAIN
         return delta

@@ -28,6 +28,7 @@ class Ran:
     num_reused_tokens: int
     num_free_blocks: int
     num_blocks: int
+    num_unsent: int
 
     def ids(self, key: str, sample: int = 0) -> list[int]:
         """The generated ids of a request's sample."""
@@ -48,11 +49,14 @@ def run_job(directory: Path, plan: str, requests: Sequence[Request], *, ranks: i
             scheduler = leader._engine.scheduler
             blocks = scheduler.blocks
             counters = scheduler.num_preemptions, scheduler.num_reused_tokens, blocks.num_free, blocks.num_blocks
+            session = controller._rank._session
+            assert session is not None
+            link = session.runner._stage.link
         finally:
             if controller.is_open:
                 controller.close()
             controller.shutdown(0)
-        return Ran(outputs, *counters)
+        return Ran(outputs, *counters, len(link._sending))
 
     def serve(world: World) -> None:
         rank = Rank(world, _refuse)

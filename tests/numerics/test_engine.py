@@ -110,6 +110,7 @@ def test_a_small_cache_changes_no_text(name: str, model: Path, roomy: Ran, refer
     assert ran.num_blocks == 25
     assert ran.num_preemptions >= 10
     assert ran.num_free_blocks == ran.num_blocks, "blocks are lost"
+    assert ran.num_unsent == 0, "the session was closed while activations were on their way"
     assert_same_texts(roomy, ran, requests, reference)
     for request in requests:
         completion = ran.outputs[request.key].completions[0]
