@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lepton_dist.coordinator.backlog import Backlog
+from lepton_dist.coordinator.confined import Confined
 from lepton_dist.coordinator.end_game import better_places
 from lepton_dist.coordinator.fleet import Fleet
 from lepton_dist.coordinator.in_order import LeastOutstanding, RoundRobin
@@ -29,6 +30,8 @@ class Balancer:
         slots: one number a replica.
         patience: while more requests are expected, so many that came later may go before one, so that none starves.
         speeds: reference seconds a second, of each replica, where they are known beforehand.
+        capacities: tokens of each replica's KV cache. A request that not all can hold goes, before any other, to one
+            that can.
         prices: the price list to begin with; see `set_prices`.
     """
 
@@ -38,11 +41,13 @@ class Balancer:
         *,
         policy: BalancerPolicy = "predicted",
         speeds: Sequence[float] | None = None,
+        capacities: Sequence[int] | None = None,
         prices: Prices | None = None,
         patience: int = 4096,
     ) -> None:
-        self._fleet = Fleet(slots, speeds, prices or Prices())
+        self._fleet = Fleet(slots, speeds, capacities, prices or Prices())
         self.backlog = Backlog()
+        self._confined = Confined(self._fleet)
         self._policy = policy
         self._expects_more = False
         self._replica_of: dict[str, int] = {}
@@ -60,9 +65,9 @@ class Balancer:
         Raises:
             ValueError: the key is in use.
         """
-        if key in self._replica_of or key in self.backlog:
+        if key in self._replica_of or key in self.backlog or key in self._confined.demands:
             raise ValueError(f"request {key!r} is here already")
-        self.backlog.add(key, demand)
+        self._wait(key, demand)
 
     def expect_more(self, is_so: bool) -> None:
         """Whether the backlog is not all there is; while that is so, nobody is held back."""
@@ -78,7 +83,8 @@ class Balancer:
 
     def drop_backlog(self) -> list[str]:
         """What no replica has been sent is given up; returns the keys."""
-        dropped = self.backlog.keys()
+        dropped = [*self.backlog.keys(), *self._confined.demands]
+        self._confined.clear()
         for key, _ in self._returned:
             Balancer.finished(self, key)  # not a subclass's: its log has a line for all of this
             dropped.append(key)
@@ -116,7 +122,7 @@ class Balancer:
         """A replica has given back these of the requests that it was asked for; it has begun the others."""
         for key in keys:
             del self._replica_of[key]
-            self.backlog.add(key, self._fleet.take(replica, key))
+            self._wait(key, self._fleet.take(replica, key))
         for key in list(self._fleet.loads[replica].asked):
             self._planned.pop(key, None)
             self._fleet.started(replica, key)
@@ -127,6 +133,16 @@ class Balancer:
                 self._returned.append((key, taker))
 
     # What is known
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that no replica has yet."""
+        return len(self.backlog) + len(self._confined.demands)
+
+    @property
+    def waiting_prompt_tokens(self) -> float:
+        """Tokens of their prompts."""
+        return self.backlog.prompt_tokens + self._confined.prompt_tokens
 
     @property
     def num_outstanding(self) -> int:
@@ -162,6 +178,9 @@ class Balancer:
     def assign(self) -> list[tuple[str, int]]:
         """Requests and the replicas that get them now."""
         given, self._returned = self._returned, []
+        while (choice := self._confined.choose()) is not None:
+            self._give(*choice)
+            given.append(choice)
         if len(self.backlog):
             is_predicted = self._policy == "predicted"
             given += self._longest_first.assign(self._expects_more) if is_predicted else self._assign_in_order()
@@ -172,7 +191,7 @@ class Balancer:
 
         Only in the end game: with backlog there is something else to give.
         """
-        if self._policy != "predicted" or self._expects_more or len(self.backlog):
+        if self._policy != "predicted" or self._expects_more or self.num_waiting:
             return []
         moves: dict[int, list[str]] = {}
         for key, donor, taker in better_places(self._fleet.loads, self.prices):
@@ -192,5 +211,12 @@ class Balancer:
         return given
 
     def _give(self, key: str, replica: int) -> None:
-        self._fleet.give(replica, key, self.backlog.give(key))
+        demand = self._confined.take(key)
+        self._fleet.give(replica, key, self.backlog.give(key) if demand is None else demand)
         self._replica_of[key] = replica
+
+    def _wait(self, key: str, demand: Demand) -> None:
+        if self._confined.concerns(demand):
+            self._confined.add(key, demand)
+        else:
+            self.backlog.add(key, demand)

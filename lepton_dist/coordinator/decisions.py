@@ -29,13 +29,14 @@ class LoggedBalancer(Balancer):
         *,
         policy: BalancerPolicy = "predicted",
         speeds: Sequence[float] | None = None,
+        capacities: Sequence[int] | None = None,
         prices: Prices | None = None,
         patience: int = 4096,
     ) -> None:
-        super().__init__(slots, policy=policy, speeds=speeds, prices=prices, patience=patience)
+        super().__init__(slots, policy=policy, speeds=speeds, capacities=capacities, prices=prices, patience=patience)
         self._write = write
-        known = None if speeds is None else list(speeds)
-        self._log("begin", list(slots), policy, known, astuple(self.prices), patience)
+        known, sizes = (None if values is None else list(values) for values in (speeds, capacities))
+        self._log("begin", list(slots), policy, known, astuple(self.prices), patience, sizes)
 
     def add(self, key: str, demand: Demand) -> None:
         """A request has come in."""
@@ -110,8 +111,15 @@ def replay(lines: Iterable[str]) -> Balancer:
     for number, line in enumerate(lines, 1):
         name, *values = json.loads(line)
         if name == "begin":
-            slots, policy, speeds, prices, patience = values
-            balancer = Balancer(slots, policy=policy, speeds=speeds, prices=Prices(*prices), patience=patience)
+            slots, policy, speeds, prices, patience, capacities = values
+            balancer = Balancer(
+                slots,
+                policy=policy,
+                speeds=speeds,
+                capacities=capacities,
+                prices=Prices(*prices),
+                patience=patience,
+            )
         elif balancer is None:
             raise ValueError(f"line {number}: {name!r} stands before `begin`: the log's beginning is missing")
         elif name in ("assign", "take_back"):

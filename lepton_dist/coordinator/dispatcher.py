@@ -6,6 +6,7 @@ The controller and the simulator both drive this; neither decides anything itsel
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from lepton_dist.coordinator.balancer import Balancer
 from lepton_dist.coordinator.decisions import LoggedBalancer, Write
@@ -26,6 +27,7 @@ class Dispatcher:
 
     Args:
         slots: sequences that run at once, one number a replica.
+        capacities: tokens of KV cache, one number a replica; as many as any request needs by default.
         policy: as in `Balancer`.
         write: takes the lines of the balancer's log, if one is wanted (see `decisions.py`).
     """
@@ -35,12 +37,13 @@ class Dispatcher:
         slots: Sequence[int],
         policy: BalancerPolicy = "predicted",
         *,
+        capacities: Sequence[int] | None = None,
         prices: Prices | None = None,
         write: Write | None = None,
     ) -> None:
         self._learner = PriceLearner(prices)
         make = Balancer if write is None else _logged(write)
-        self.balancer = make(slots, policy=policy, prices=self._learner.prices)
+        self.balancer = make(slots, policy=policy, capacities=capacities, prices=self._learner.prices)
         self.lengths = LengthPredictor()
         self._requests: dict[str, tuple[Request, RequestFeatures]] = {}
         self._num_reports, self._num_replicas = 0, len(slots)
@@ -55,8 +58,8 @@ class Dispatcher:
     @property
     def wants_more(self) -> bool:
         """Whether the balancer would look at more requests."""
-        backlog = self.balancer.backlog
-        return len(backlog) < MOST_REQUESTS and backlog.prompt_tokens < MOST_PROMPT_TOKENS
+        balancer = self.balancer
+        return balancer.num_waiting < MOST_REQUESTS and balancer.waiting_prompt_tokens < MOST_PROMPT_TOKENS
 
     def submit(self, request: Request) -> None:
         """A request has come in; its key must not be in use."""
@@ -135,7 +138,8 @@ class Dispatcher:
 
     def _demand(self, request: Request, features: RequestFeatures) -> Demand:
         samples = request.sampling.n
-        return Demand(len(request.prompt), samples * self.lengths.predict(features), samples)
+        most_tokens = len(request.prompt) + request.sampling.max_tokens
+        return Demand(len(request.prompt), samples * self.lengths.predict(features), samples, most_tokens)
 
     def _guess_again(self) -> None:
         """Predict some lengths of the backlog anew, the oldest guesses first."""
@@ -144,8 +148,8 @@ class Dispatcher:
 
 
 def _logged(write: Write) -> Callable[..., Balancer]:
-    def make(slots: Sequence[int], *, policy: BalancerPolicy, prices: Prices) -> Balancer:
-        return LoggedBalancer(write, slots, policy=policy, prices=prices)
+    def make(slots: Sequence[int], **settings: Any) -> Balancer:
+        return LoggedBalancer(write, slots, **settings)
 
     return make
 

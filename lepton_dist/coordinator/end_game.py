@@ -44,12 +44,18 @@ def better_places(loads: Sequence[Load], prices: Prices) -> list[tuple[str, int,
     while donors and takers:
         late_s, donor = heapq.heappop(donors)
         free_s, taker = takers[0]
-        key = queues[donor][-1]
+        queue, held, room = queues[donor], loads[donor].queued, loads[taker].capacity
+        key = queue[-1]
+        if held[key].most_tokens > room:
+            key = next((other for other in reversed(queue) if held[other].most_tokens <= room), "")
+            if not key:
+                continue
         work_s = prices.work(loads[donor].queued[key], loads[donor].slots)
         end_s = free_s + work_s / loads[taker].speed.value
         if taker == donor or end_s * _GAIN >= -late_s:
             continue
-        moves.append((queues[donor].pop(), donor, taker))
+        queue.remove(key)
+        moves.append((key, donor, taker))
         slots[taker] -= 1
         if slots[taker]:
             heapq.heapreplace(takers, (end_s, taker))

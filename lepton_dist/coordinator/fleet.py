@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from lepton_dist.coordinator.hunger import Hunger
@@ -16,10 +17,15 @@ class Fleet:
     number of the fastest. Arguments are those of `Balancer`.
     """
 
-    def __init__(self, slots: Sequence[int], speeds: Sequence[float] | None, prices: Prices) -> None:
+    def __init__(
+        self, slots: Sequence[int], speeds: Sequence[float] | None, capacities: Sequence[float] | None, prices: Prices
+    ) -> None:
         known: Sequence[float | None] = speeds or [None] * len(slots)
         self.doubt = Doubt()
-        self.loads = [Load(n, n + max(2, n // 2), speed, self.doubt) for n, speed in zip(slots, known, strict=True)]
+        self.loads = [
+            Load(n, n + max(2, n // 2), speed, self.doubt, capacity)
+            for n, speed, capacity in zip(slots, known, capacities or [math.inf] * len(slots), strict=True)
+        ]
         self.prices = prices
         self.work_s = 0.0
         self.speed = sum(load.speed.value for load in self.loads)

@@ -42,12 +42,14 @@ class Load:
     Args:
         slots: sequences that it runs at once.
         credit: requests that it may hold.
+        capacity: tokens that its KV cache holds.
         speed: reference seconds that it is thought to do in a second, until it is measured.
         doubt: of the predicted lengths, shared by all replicas.
     """
 
-    def __init__(self, slots: int, credit: int, speed: float | None, doubt: Doubt) -> None:
-        self.slots, self.speed = slots, Speed(speed or 1.0)
+    def __init__(self, slots: int, credit: int, speed: float | None, doubt: Doubt, capacity: float = math.inf) -> None:
+        self.slots, self.speed, self.capacity = slots, Speed(speed or 1.0), capacity
+        self._held_tokens = 0.0  # of its KV cache, as predicted
         self.is_known = speed is not None
         self.doubt = doubt
         self.queued: dict[str, Demand] = {}
@@ -63,6 +65,7 @@ class Load:
     def give(self, key: str, demand: Demand, prices: Prices) -> None:
         """It is given a request."""
         self.queued[key] = demand
+        self._held_tokens += demand.prompt_tokens + demand.output_tokens
         self.queued_s += prices.work(demand, self.slots)
         self._sum_up()
 
@@ -87,10 +90,12 @@ class Load:
         demand = self.queued.pop(key, None)
         if demand is not None:
             self.asked.discard(key)
+            self._let_go(demand)
             self._subtract_queued(prices.work(demand, self.slots))
             self._sum_up()
             return demand
         running = self.running.pop(key)
+        self._let_go(running.demand)
         self._num_running -= running.demand.num_samples
         left = self._left(running) * prices.share(self.slots)
         self.running_s = max(self.running_s - left, 0.0) if self.running else 0.0
@@ -134,7 +139,11 @@ class Load:
         # Plain attributes: they are asked for far more often than they change.
         self.num_requests = count = len(self.queued) + len(self.running)
         self.has_credit = count < self._credit and (self.is_known or count < _CAUTIOUS_CREDIT)
-        self.has_slot = self.has_credit and count < self.slots
+        self.has_slot = self.has_credit and count < self.slots and self._held_tokens < self.capacity
+
+    def _let_go(self, demand: Demand) -> None:
+        held = self._held_tokens - demand.prompt_tokens - demand.output_tokens
+        self._held_tokens = held if self.queued or self.running else 0.0
 
     def _subtract_queued(self, work_s: float) -> None:
         self.queued_s = max(self.queued_s - work_s, 0.0) if self.queued else 0.0

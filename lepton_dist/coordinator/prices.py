@@ -11,11 +11,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a request will probably ask for. `output_tokens` counts all of its samples."""
+    """What a request will probably ask for. `output_tokens` counts all of its samples.
+
+    `most_tokens` are what one of its samples may take of a KV cache: it runs only where there are as many.
+    """
 
     prompt_tokens: float
     output_tokens: float
     num_samples: int = 1
+    most_tokens: int = 0
 
     @property
     def depth(self) -> float:

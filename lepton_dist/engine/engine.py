@@ -112,6 +112,7 @@ class Engine:
         for progress in self._progress.values():
             for sequence in progress.sequences:
                 self.scheduler.cancel(sequence)
+                self._give_slot_back(sequence)
         self._progress.clear()
         self._fresh.clear()
         self._begun.clear()

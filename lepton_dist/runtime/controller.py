@@ -63,7 +63,7 @@ class Controller:
         self._blueprint: Blueprint | None = None
         self._dispatcher = Dispatcher([])
         self._soundness = Soundness(0)
-        self._compute = ""
+        self._compute, self._capacity = "", 0
         self._recorder: Recorder | None = None
         self._finished: list[tuple[str, RequestOutput]] = []
         self._refused: dict[int, SessionRefused] = {}
@@ -105,7 +105,13 @@ class Controller:
             raise ConfigError(refused.message, key=refused.key)
         self._blueprint = blueprint
         slots = [blueprint.limits.max_sequences] * len(blueprint.plan.replicas)
-        self._dispatcher = Dispatcher(slots, blueprint.limits.balancer if is_dynamic else "round_robin", write=write)
+        policy = blueprint.limits.balancer if is_dynamic else "round_robin"
+        capacities = [
+            min(self.ready[rank].num_blocks for rank in replica.ranks) * blueprint.limits.block_tokens
+            for replica in blueprint.plan.replicas
+        ]
+        self._capacity = max(capacities)
+        self._dispatcher = Dispatcher(slots, policy, capacities=capacities, write=write)
         self._soundness, self._compute = Soundness(blueprint.config.shape.vocab), order.compute
         self._recorder = self._new_recorder(blueprint, order, cluster)
 
@@ -154,15 +160,13 @@ class Controller:
         Raises:
             RequestError: it needs more of the KV cache than there is.
         """
-        blueprint = self._require_open()
-        blocks = min(ready.num_blocks for ready in self.ready.values() if ready.num_blocks)
-        capacity = blocks * blueprint.limits.block_tokens
+        self._require_open()
         needed = len(request.prompt) + request.sampling.max_tokens
-        if needed > capacity:
+        if needed > self._capacity:
             raise RequestError(
                 f"prompt and output need {needed} tokens of KV cache ({len(request.prompt)} + max_tokens "
-                f"{request.sampling.max_tokens}), the cache holds {capacity}: raise engine.kv_cache_bytes, or lower "
-                "max_tokens",
+                f"{request.sampling.max_tokens}), the cache of the largest replica holds {self._capacity}: raise "
+                "engine.kv_cache_bytes, or lower max_tokens",
             )
 
     def submit(self, request: Request) -> None:

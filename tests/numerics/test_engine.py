@@ -19,6 +19,7 @@ import torch
 
 from lepton_dist.config.sampling import SamplingParams
 from lepton_dist.engine.request import Request
+from lepton_dist.errors import RequestError
 from lepton_dist.text.tokenizer import Tokenizer
 from tests.mpi.equality.cases import SAMPLINGS, prompt
 from tests.mpi.equality.models import MODELS, VOCAB, make_model
@@ -227,3 +228,19 @@ def test_prompt_logprobs_in_chunks_and_through_preemption(name: str, model: Path
             for entry in entries:
                 # Logits reach 10, float32 sums of 60 to 93 terms in another order: a few 1e-6 each.
                 assert abs(entry.logprob - float(exact[position, entry.token_id])) < 5e-5
+
+
+def test_a_row_that_only_the_larger_replica_holds_runs_there(model: Path, reference: Reference) -> None:
+    """Two ranks hold twice the tokens of one; what none can hold is refused."""
+    plan = "replicas: [{stages: [{ranks: [0], layers: 4}]}, {stages: [{ranks: [1, 2], layers: 4}]}]"
+    ids, sampling = prompt("large", 70), SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    requests = [Request(str(index), ids, sampling) for index in range(3)]
+    requests += [Request(f"small {index}", ids[:9], sampling) for index in range(6)]
+    limits = with_limits(plan, kv_cache_bytes=cache_bytes(8))
+    ran = run_job(model, limits, requests, ranks=3)
+    assert ran.num_blocks == 8 and {ran.ids(str(index)) == reference.greedy(ids, 20).ids for index in range(3)} == {
+        True
+    }
+    beyond = Request("beyond", ids, msgspec.structs.replace(sampling, max_tokens=80))
+    with pytest.raises(RequestError, match="the cache of the largest replica holds 128"):
+        run_job(model, limits, [beyond], ranks=3)

@@ -280,3 +280,51 @@ def test_a_small_batch_on_unequal_replicas(policy: str) -> None:
     lengths = _lengths(5, 600)
     run = FluidRun(Balancer([8] * 4, policy=policy, prices=PRICES), [1.0, 2.0, 4.0, 8.0], 8, lengths)
     assert run.to_end() <= {"predicted": 1.03, "least_outstanding": 2.0}[policy]
+
+
+def test_a_request_that_not_all_replicas_hold_goes_to_one_that_does() -> None:
+    """Before any other, and nowhere else: not when it is given back, nor in the end game."""
+    lines: list[str] = []
+    made = LoggedBalancer(lines.append, [2, 2, 2], capacities=[100, 400, 200], speeds=[9.0, 1.0, 1.0])
+    for index in range(4):
+        made.add(f"small {index}", Demand(10, 50, 1, 60))
+    made.add("large", Demand(50, 10, 1, 300))
+    made.add("middling", Demand(50, 10, 1, 150))
+    made.add("too large now", Demand(50, 10, 1, 399))
+    made.add("and this", Demand(50, 10, 1, 399))
+    made.add("and that", Demand(50, 10, 1, 399))
+    assert made.num_waiting == 9 and made.waiting_prompt_tokens == 290
+    given = dict(made.assign())
+    assert given["large"] == 1 and given["middling"] in (1, 2)
+    assert {given[key] for key in given if key.startswith(("too", "and"))} == {1}
+    assert made.take_back() == [] or made.num_waiting == 0
+    made.returned(1, ["large"])
+    made.finished("too large now", 5)
+    assert dict(made.assign()).get("large") == 1
+    assert replay(lines).num_outstanding == made.num_outstanding
+    dropped = made.drop_backlog()
+    assert made.num_waiting == 0 and made.waiting_prompt_tokens == 0 and set(dropped).isdisjoint(given)
+
+
+def test_queued_requests_move_only_where_they_fit() -> None:
+    made = Balancer([1, 1], capacities=[400, 100], speeds=[0.01, 1.0])
+    for key in ("one", "two", "three"):
+        made.add(key, Demand(10, 200, 1, 300))
+    made.expect_more(False)
+    assert dict(made.assign()) == {"one": 0, "two": 0, "three": 0}
+    made.started("one")
+    assert made.take_back() == [], "replica 1 is idle, but cannot hold them"
+
+
+def test_a_slot_needs_room_in_the_cache() -> None:
+    made = Balancer([8], capacities=[100], speeds=[1.0])
+    load = made._fleet.loads[0]
+    for index in range(4):
+        made.add(str(index), Demand(30, 20, 1, 60))
+    made.expect_more(True)
+    assert len(made.assign()) == 4 and load.has_credit and not load.has_slot
+    made.finished("0", 20)
+    made.finished("1", 20)
+    assert not load.has_slot
+    made.finished("2", 20)
+    assert load.has_slot

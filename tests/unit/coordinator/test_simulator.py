@@ -153,7 +153,7 @@ def test_kv_blocks_are_those_of_the_scarcest_rank() -> None:
         ('{"prompt_tokens": 1, "output_tokens": 1, "outputs": 3}', "is no request of a workload.*outputs"),
         ('{"prompt_tokens": 0, "output_tokens": 1}', "prompt_tokens: must be at least 1, not 0"),
         ('{"prompt_tokens": 1, "output_tokens": 9, "max_tokens": 5}', "max_tokens: is 5, but output_tokens is 9"),
-        ('{"prompt_tokens": 1, "output_tokens": 1, "count": 0}', "count: is too small"),
+        ('{"prompt_tokens": 1, "output_tokens": 1, "count": 0}', "count: must be from 1 to"),
         ("", "holds no request"),
     ],
 )
