@@ -30,6 +30,7 @@ _INERT_FIELDS = frozenset(
         "parallel_tool_calls",
         "request_id",
         "cache_prompt",
+        "timeout",
         "guided_decoding_backend",
     }
 )
@@ -92,6 +93,9 @@ _NEUTRAL_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "vllm_xargs": ({},),
     # others: SGLang, llama.cpp, transformers
     "ebnf": _EMPTY,
+    "extra_body": ({},),
+    "extra_headers": ({},),
+    "extra_query": ({},),
     "json_schema": (),
     "lora_path": (),
     "no_stop_trim": (False,),
@@ -146,6 +150,7 @@ def chat_request(body: Mapping[str, Any]) -> dict[str, Any]:
     """
     fields = dict(body)
     wanted, count = fields.pop("logprobs", None), fields.pop("top_logprobs", None)
+    wanted = None if wanted == 0 else wanted  # no, however it is written
     if wanted is not None and not isinstance(wanted, bool):
         raise RequestError(f"logprobs is {shown_value(wanted)}; it must be true or false, the count is top_logprobs")
     if count and not wanted:

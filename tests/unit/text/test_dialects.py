@@ -72,6 +72,8 @@ def test_openai_batch_rows() -> None:
     assert isinstance(row, PromptRow)
     assert (row.dialect, row.messages) == ("openai_chat", CHAT)
     assert row.overrides == {"logprobs": 3, "top_k": 4}
+    row = one(batch({"messages": CHAT, "logprobs": 0}, "/v1/chat/completions"))
+    assert isinstance(row, PromptRow) and row.overrides == {}
     row = one(batch({"messages": CHAT, "logprobs": False}, "/v1/chat/completions"))
     assert isinstance(row, PromptRow)
     assert row.overrides == {}
@@ -85,6 +87,7 @@ NEUTRAL: list[dict[str, Any]] = [
     {"logprobs": False, "top_logprobs": 0},
     {"logprobs": None, "top_logprobs": None},
     {"prompt_logprobs": False},
+    {"extra_body": {}, "timeout": 60, "frequency_penalty": None},
     {"skip_special_tokens": True, "spaces_between_special_tokens": False},
     {"min_tokens": 0, "length_penalty": 1, "use_beam_search": False, "include_stop_str_in_output": False},
     {"guided_json": None, "guided_choice": [], "structured_outputs": {}, "response_format": {"type": "text"}},
