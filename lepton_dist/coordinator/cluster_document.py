@@ -20,6 +20,7 @@ _RATES = ("memory_bytes_per_s", "attention_bytes_per_s", "attention_flops_per_s"
 _SECONDS = ("step_s", "layer_s", "sequence_s", "kv_head_s", "element_s", "logit_s")
 _KIND_KEYS = ("device", "threads", "memory_bytes", *_RATES, *_SECONDS, "matmul_flops_per_s")
 _LINKS = ("within_node", "between_nodes", "pairs", "within_reduce", "between_reduce")
+_MOST = 2**62  # of anything that is counted: bytes of memory are the largest numbers here
 _DIGITS = 4
 
 
@@ -147,7 +148,7 @@ def _seat_host(
     document: Document, value: Any, key: str, kinds: Mapping[str, RankProfile], ranks: dict[int, RankProfile]
 ) -> None:
     entry = _mapping(document, value, key, ("host", "node", "kind", "ranks"))
-    if entry["kind"] not in kinds:
+    if not isinstance(entry["kind"], str) or entry["kind"] not in kinds:
         raise document.error(f"{key}.kind", f"{entry['kind']!r} is not among the kinds: {', '.join(kinds)}")
     node = _whole(document, entry["node"], f"{key}.node", least=0)
     try:
@@ -180,7 +181,7 @@ def _curve(document: Document, value: Any, key: str) -> Curve:
         raise document.error(key, "needs at least one measured point")
     found = []
     for x, y in points.items():
-        if not x.isdigit() or int(x) < 1:
+        if not x.isdecimal() or not 1 <= int(x) <= _MOST:
             raise document.error(f"{key}.{x}", f"must be a whole number above 0, not {x!r}")
         found.append((int(x), _number(document, y, f"{key}.{x}", is_rate=True)))
     return tuple(sorted(found))
@@ -208,7 +209,7 @@ def _list(document: Document, value: Any, key: str, least: int = 1) -> list[Any]
 
 
 def _whole(document: Document, value: Any, key: str, *, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
         raise document.error(key, f"must be a whole number of at least {least}, not {value!r}")
     return value
 
@@ -217,7 +218,7 @@ def _number(document: Document, value: Any, key: str, *, is_rate: bool = False) 
     """A number of at least 0, and above it for rates. YAML takes 1e9 for text, people do not."""
     try:
         number = float("nan") if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = float("nan")
     if not 0 <= number < float("inf") or (is_rate and number == 0):
         raise document.error(key, f"must be a number {'above' if is_rate else 'of at least'} 0, not {value!r}")

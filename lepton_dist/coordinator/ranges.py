@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from lepton_dist.values import MOST_RANKS
+
 _RANGE = re.compile(r"\s*([0-9]+)(?:-([0-9]+))?\s*")
 
 
@@ -30,5 +32,8 @@ def parse_ranks(text: str) -> list[int]:
         match = _RANGE.fullmatch(part)
         if match is None:
             raise ValueError(f"must be ranks such as `0-3, 8`, not {text!r}")
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+        last = int(match[2] or match[1])
+        if last >= MOST_RANKS:
+            raise ValueError(f"rank {last} is beyond the {MOST_RANKS} ranks that a job may have")
+        found += range(int(match[1]), last + 1)
     return found

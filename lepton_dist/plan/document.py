@@ -30,6 +30,7 @@ WIRES = (*DTYPES, "int8")
 _KEYS = ("mesh", "replicas", "device", "ranks_per_gpu", "precision", "engine", "estimate", "cluster")
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B)?\s*")
 _MOST = 2**31 - 1  # of anything that is counted
+_LEAST_SHARE = 1e-6
 _UNIT = {
     "B": 1,
     "KB": 10**3,
@@ -194,8 +195,10 @@ def _stage(document: Document, value: Any, key: str) -> Stage:
         count = len(shares) if isinstance(shares, list) else shares
         raise document.error(f"{key}.shares", f"{count} shares for {len(members)} ranks: give one for each rank")
     for index, share in enumerate(shares):
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < float("inf"):
-            raise document.error(f"{key}.shares[{index}]", f"must be a number above 0, not {share!r}")
+        is_number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not is_number or not _LEAST_SHARE <= share <= 1 / _LEAST_SHARE:
+            allowed = f"must be a number above 0, from {_LEAST_SHARE:g} to {1 / _LEAST_SHARE:g}"
+            raise document.error(f"{key}.shares[{index}]", f"{allowed}, not {share!r}")
     device = _device(document, values["device"], f"{key}.device") if "device" in values else None
     return Stage(members, layers, tuple(float(share) for share in shares), device=device)
 

@@ -32,7 +32,7 @@ from lepton_dist.text.output import OutputFormatter
 from lepton_dist.text.rows import BadRow, PromptRow
 from lepton_dist.text.tokenizer import Tokenizer
 
-EARLY_S = 1.0
+EARLY_S = 0.3
 """An input that is read within so many seconds is judged before any rank loads."""
 PROGRESS_EVERY_S = 0.5
 

@@ -35,6 +35,6 @@ def write_report(output: Path, record: RunRecord) -> str:
     for path, mark in zip((data, page), _MARKS.values(), strict=True):
         if path.exists() and mark not in path.read_bytes():
             raise FileExistsError(errno.EEXIST, f"{path} exists and is no report", str(path))
-    replace_file(data, [msgspec.json.format(msgspec.json.encode(report)), b"\n"])
-    replace_file(page, [report_page(report, output.name).encode()])
+    replace_file(data, [msgspec.json.format(msgspec.json.encode(report)), b"\n"], is_durable=False)
+    replace_file(page, [report_page(report, output.name).encode()], is_durable=False)
     return f"{report_text(report)}\nmore in {page}" if record.seconds >= TOLD_AFTER_S else ""

@@ -38,8 +38,18 @@ def write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def replace_file(path: Path, chunks: Iterable[bytes], *, mode: int | None = None) -> None:
+def replace_file(
+    path: Path,
+    chunks: Iterable[bytes],
+    *,
+    mode: int | None = None,
+    is_durable: bool = True,
+    syncs_directory: bool = True,
+) -> None:
     """Put a new file in the place of `path` in one step: after a crash the old one is there, or the whole new one.
+
+    Each wait for the disk may take long: a file that can be made again need not be `is_durable`, and of several in one
+    directory the last one may sync that for all.
 
     It has the `mode` given, else that of the old file, else what the umask leaves. A link in its place is replaced, not
     followed.
@@ -60,14 +70,16 @@ def replace_file(path: Path, chunks: Iterable[bytes], *, mode: int | None = None
                 os.fchmod(descriptor, mode)
             for chunk in chunks:
                 write_all(descriptor, chunk)
-            os.fsync(descriptor)
+            if is_durable:
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
         draft.replace(path)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    if is_durable and syncs_directory:
+        sync_directory(path.parent)
 
 
 def remove_draft(path: Path) -> None:

@@ -81,12 +81,13 @@ def compare(before: InputRows, now: InputRows, answered: Hashes) -> tuple[int, i
 
 
 def write_input_rows(path: Path, rows: InputRows) -> None:
-    """Replace the file in one step.
+    """Replace the file in one step; syncing its directory is left to the caller.
 
     Raises:
         OSError: the old one is as it was.
     """
-    replace_file(path, [_MAGIC, bytes.fromhex(rows.digest), rows.keys.tobytes(), rows.contents.tobytes()])
+    data = [_MAGIC, bytes.fromhex(rows.digest), rows.keys.tobytes(), rows.contents.tobytes()]
+    replace_file(path, data, syncs_directory=False)
 
 
 def read_input_rows(path: Path) -> InputRows | None:

@@ -48,12 +48,12 @@ def read_job(path: Path) -> Job | None:
 
 
 def write_job(path: Path, job: Job) -> None:
-    """Replace the file in one step.
+    """Replace the file in one step; syncing its directory is left to the caller.
 
     Raises:
         OSError: the old one is as it was.
     """
-    replace_file(path, [msgspec.json.format(msgspec.json.encode(job), indent=2) + b"\n"])
+    replace_file(path, [msgspec.json.format(msgspec.json.encode(job), indent=2) + b"\n"], syncs_directory=False)
 
 
 def check_same_run(

@@ -149,6 +149,7 @@ class Journal:
         if self.is_complete:
             return
         try:
+            # Its directory is not synced: should that be lost, the next start finds every row done, and says so again.
             self._write_state(COMPLETE)
         except OSError as error:
             raise output_fault(error, self.path, self._progress()) from None
@@ -243,6 +244,7 @@ class Journal:
         if job is not None and job.state == COMPLETE:
             # Before rows go: a run that dies in between must not leave an output that calls itself complete.
             self._write_state(RUNNING)
+            sync_directory(self.path.parent)
         if is_clean:
             os.ftruncate(self._descriptor, kept_bytes)
             os.fsync(self._descriptor)
