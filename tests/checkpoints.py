@@ -31,7 +31,7 @@ def save_tensors(path: Path, tensors: Mapping[str, NDArray[np.float32]], dtype: 
 
 
 def llama_config(vocab: int, hidden: int, ffn: int, layers: int, **changes: Any) -> dict[str, Any]:
-    """A config.json of four heads; `changes` go over it, and None takes a key out."""
+    """A config.json of four heads; `changes` override it, and None takes a key out."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

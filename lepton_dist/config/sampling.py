@@ -108,7 +108,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         for name in unusable:
             # Without chance, what limits it is not needed.
             if name not in _LIMITS_OF_CHANCE or fields.get("temperature") != 0:
-                raise CheckpointError(f"{fields[name].problem}; a row's {name}, or the option, goes over it")
+                raise CheckpointError(
+                    f"{fields[name].problem}; a row's {name} or the option --{name.replace('_', '-')} overrides it"
+                )
             del fields[name]
         return cls(**checked_fields(fields))
 

@@ -1,7 +1,7 @@
 """A checkpoint's tokenizer out of its files, as transformers 5 puts it together.
 
 ``tokenizer.json`` is most of it. Added tokens stand in ``tokenizer_config.json`` too, or in ``added_tokens.json`` and
-``special_tokens_map.json`` beside it, and go over those of tokenizer.json. Some classes of transformers are built anew:
+``special_tokens_map.json`` beside it, and override those of tokenizer.json. Some classes of transformers are built anew:
 of tokenizer.json they take the vocabulary, and how text is cut and joined is the class's own.
 """
 
@@ -66,7 +66,7 @@ class _Files:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Special tokens and options by name; special_tokens_map.json goes over tokenizer_config.json."""
+        """Special tokens and options by name; special_tokens_map.json overrides tokenizer_config.json."""
         return {**self.config, **self.named}
 
 

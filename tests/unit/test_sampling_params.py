@@ -82,7 +82,10 @@ def test_the_checkpoints_defaults_are_used_whatever_do_sample_says() -> None:
 def test_an_odd_default_of_the_checkpoint_matters_only_where_it_is_needed() -> None:
     odd = checkpoint_defaults({"temperature": 3.0, "top_k": 50.0, "top_p": 0.0, "min_p": "x"})
     assert odd["top_k"] == 50
-    with pytest.raises(CheckpointError, match=r"generation_config\.json: temperature is 3\.0; .*, goes over it"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"generation_config\.json: temperature is 3\.0; .* or the option --temperature overrides it",
+    ):
         SamplingParams.merged({}, {"top_p": 0.5, "min_p": 0.5}, odd)
     with pytest.raises(CheckpointError, match=r"generation_config\.json: top_p is 0\.0"):
         SamplingParams.merged({"temperature": 0.5}, {"min_p": 0.1}, odd)

@@ -32,7 +32,7 @@ def read_rope(fields: ConfigFields, head_dim: int, positions: int) -> RopeConfig
         if other != theta:
             raise fields.error(
                 "rope_scaling",
-                f"goes over rope_parameters, and has no rope_theta, which is {other:g} there and {theta:g} else: write "
+                f"overrides rope_parameters, but has no rope_theta: it would be {theta:g} instead of {other:g}; write "
                 "rope_theta into rope_scaling",
             )
     partial = source.number(

@@ -93,11 +93,13 @@ def test_rope_scaling_goes_over_rope_parameters(tmp_path: Path) -> None:
     # Without a theta of its own transformers would take the default over the other one's: neither is silently right.
     theta = {"rope_type": "default", "rope_theta": 5e5}
     bare = {name: value for name, value in SCALING.items() if name != "rope_theta"}
-    with pytest.raises(CheckpointError, match=r"rope_scaling: goes over rope_parameters.* 500000 there and 10000 else"):
+    with pytest.raises(
+        CheckpointError, match=r"rope_scaling: overrides rope_parameters.* would be 10000 instead of 500000"
+    ):
         rewritten(tmp_path, rope_parameters=theta, rope_scaling=bare)
     assert rewritten(tmp_path, rope_theta=5e5).rope == ours.rope
     assert rewritten(tmp_path, rope_scaling={}).rope == rewritten(tmp_path, rope_scaling=None).rope
-    # What stands beside the parameters goes over the one among them.
+    # What stands beside the parameters overrides the one among them.
     scaled = rewritten(tmp_path, rope_scaling=SCALING, original_max_position_embeddings=128).rope
     theirs = LlamaConfig.from_pretrained(tmp_path)
     assert scaled is not None
