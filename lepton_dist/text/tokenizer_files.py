@@ -1,8 +1,8 @@
 """A checkpoint's tokenizer out of its files, as transformers 5 puts it together.
 
 ``tokenizer.json`` is most of it. Added tokens stand in ``tokenizer_config.json`` too, or in ``added_tokens.json`` and
-``special_tokens_map.json`` beside it, and override those of tokenizer.json. Some classes of transformers are built anew:
-of tokenizer.json they take the vocabulary, and how text is cut and joined is the class's own.
+``special_tokens_map.json`` beside it, and override those of tokenizer.json. Some of transformers' classes are rebuilt:
+they take the vocabulary from tokenizer.json, but cut and join text in their own way.
 """
 
 from __future__ import annotations
