@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lepton_dist.config.spinning import bound_spinning
+
 if TYPE_CHECKING:
     from lepton_dist.api import LeptonInference
     from lepton_dist.config.sampling import SamplingParams
@@ -21,6 +23,9 @@ _HOMES = {
     "load_dataset": "lepton_dist.text.dataset",
     "load_plan": "lepton_dist.plan.document",
 }
+
+
+bound_spinning()  # before anything imports torch
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,8 @@ import signal
 import hypothesis
 import pytest
 
+import lepton_dist  # noqa: F401  # before torch: it says how long torch's threads spin
+
 # The machines that run these tests are shared, so a slow example says nothing; and a failure must come back.
 hypothesis.settings.register_profile("shared-machine", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("shared-machine")

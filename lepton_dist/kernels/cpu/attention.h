@@ -3,6 +3,7 @@
 #define LEPTON_ATTENTION_H
 
 #include "structures.h"
+#include "team.h"
 #include "vector.h"
 
 #define KEYS 16 /* keys whose scores are held at a time */

@@ -5,12 +5,14 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 #include "structures.h"
+#include "team.h"
 
 /* Returns 0, a system error's number, or -1 where the file ends before. */
 static int fetch(int file, char *to, int64_t bytes, int64_t offset) {
@@ -61,8 +63,10 @@ static int fetch_columns(const struct row_run *run, char *to, int64_t count, int
 }
 
 static void give_up(struct row_loading *l, int64_t run, int error) {
-#pragma omp critical
+    static pthread_mutex_t one_at_a_time = PTHREAD_MUTEX_INITIALIZER;
+    pthread_mutex_lock(&one_at_a_time);
     if (l->failed < 0) l->failed = run, l->error = error;
+    pthread_mutex_unlock(&one_at_a_time);
     __atomic_store_n(&l->next, l->num_pieces, __ATOMIC_RELAXED);
 }
 
@@ -78,20 +82,23 @@ static void load_piece(struct row_loading *l, int64_t number, int64_t piece, cha
     run->pack(&run->to, buffer, run->kind, run->first + from, count, 1);
 }
 
-/* Take pieces until none is left. Threads of other calls may take some of the same loading, and still be at their last. */
-void lepton_load_rows(struct row_loading *l, int64_t threads) {
-    int64_t most = 0;
+/* Take pieces until none is left. */
+static void load_pieces(void *work, int64_t begin, int64_t end) {
+    struct row_loading *l = work;
+    int64_t most = 1, number = 0, piece;
+    (void)begin, (void)end; /* which of the threads this is */
     for (int64_t i = 0; i < l->num_runs; i++)
         if (l->runs[i].step * l->runs[i].row_bytes > most) most = l->runs[i].step * l->runs[i].row_bytes;
-#pragma omp parallel num_threads(threads)
-    {
-        char *buffer = malloc((size_t)(most > 0 ? most : 1));
-        int64_t number = 0, piece;
-        if (buffer == NULL) give_up(l, 0, ENOMEM);
-        while ((piece = __atomic_fetch_add(&l->next, 1, __ATOMIC_RELAXED)) < l->num_pieces) {
-            while (number + 1 < l->num_runs && l->runs[number + 1].pieces_before <= piece) number++;
-            load_piece(l, number, piece, buffer);
-        }
-        free(buffer);
+    char *buffer = malloc((size_t)most);
+    if (buffer == NULL) give_up(l, 0, ENOMEM);
+    while ((piece = __atomic_fetch_add(&l->next, 1, __ATOMIC_RELAXED)) < l->num_pieces) {
+        while (number + 1 < l->num_runs && l->runs[number + 1].pieces_before <= piece) number++;
+        load_piece(l, number, piece, buffer);
     }
+    free(buffer);
+}
+
+/* All pieces that nobody has taken. Threads of other calls may take some of the same loading, and still be at their last. */
+void lepton_load_rows(struct row_loading *l, int64_t threads) {
+    lepton_share(threads, threads, ONE_BY_ONE, load_pieces, l);
 }

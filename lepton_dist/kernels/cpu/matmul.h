@@ -4,6 +4,7 @@
 
 #include "scratch.h"
 #include "structures.h"
+#include "team.h"
 #include "vector.h"
 
 #ifndef PANEL            /* output features that a kernel computes together: two vectors of floats */
@@ -38,7 +39,7 @@ typedef void multiply_function(
 struct matmul_kind {
     int64_t rows, row_bytes, panel_bytes, depth, expanded_bytes, unit, group;
     int can_skip; /* whether `ahead` may be NULL, or is memory that is there already: asking again costs less than a branch */
-    void (*enter)(void), (*leave)(void); /* by each thread, before and after all its blocks; or NULL */
+    void (*enter)(void), (*leave)(void); /* by each thread, before and after some shares; or NULL */
     void (*expand)(const struct matmul_call *c, const void *panel, int64_t k, void *expanded); /* NULL: not expanded */
     void (*lay_out)(const struct matmul_call *c, int64_t from, int64_t count, void *block);
     multiply_function *multiply;
@@ -50,66 +51,96 @@ INLINE int64_t panels_a_share(const struct matmul_call *c, int64_t group, int64_
     return blocks < MANY_BLOCKS || most < 1 ? 1 : most;
 }
 
+/* What a packing function was given, for those who share its panels. */
+struct packing {
+    const struct panels *to;
+    const void *rows;
+    int64_t kind, first, count;
+};
+
+/* A chunk of rows on its way over the weights. */
+struct chunk {
+    const struct matmul_call *c;
+    const struct matmul_kind *kind;
+    char *packed;
+    int64_t from, rows, room, block_rows, blocks, share;
+    int has_memory;
+};
+
+static PANEL_TARGET void lay_out_blocks(void *work, int64_t first_block, int64_t last_block) {
+    const struct chunk *w = work;
+    for (int64_t b = first_block; b < last_block; b++) {
+        const int64_t first = b * w->block_rows, left = w->rows - first;
+        w->kind->lay_out(w->c, w->from + first, left < w->block_rows ? left : w->block_rows, w->packed + first * w->kind->row_bytes);
+    }
+}
+
+/* Panels [begin, end), a share, with all rows of the chunk: sums [share][room][PANEL] -> y. */
+INLINE PANEL_TARGET void multiply_share(const struct chunk *w, int64_t begin, int64_t end, float *sums, void *expanded) {
+    const struct matmul_call *c = w->c;
+    const struct matmul_kind *kind = w->kind;
+    const char *first_panel = (const char *)c->weights + begin * kind->panel_bytes;
+    const char *nothing = kind->can_skip ? NULL : w->packed;
+    for (int64_t k = 0; k < c->in; k += kind->depth)
+        for (int64_t p = begin; p < end; p++) {
+            const char *panel = first_panel + (p - begin) * kind->panel_bytes;
+            const char *here = panel + kind->panel_bytes * k / c->in;
+            /* What comes behind: this depth of the next panel, the first one's next depth, or another share. */
+            const char *next = panel + kind->panel_bytes;
+            if (p < end - 1) next = here + kind->panel_bytes;
+            else if (k + kind->depth < c->in) next = first_panel + kind->panel_bytes * (k + kind->depth) / c->in;
+            if (expanded != NULL) kind->expand(c, panel, k, expanded);
+            for (int64_t b = 0; b < w->blocks; b++) {
+                const int64_t first = b * w->block_rows, left = w->rows - first;
+                /* Weights to ask for meanwhile: the next ones during the last block, those just ahead during
+                   the only one, unless that is done faster than memory comes. */
+                const char *soon = w->blocks > 1 ? next : here + READ_AHEAD;
+                const char *ahead = b < w->blocks - 1 || w->rows < READ_AHEAD_ROWS ? nothing : soon;
+                kind->multiply(
+                    c, w->packed + first * kind->row_bytes, left < w->block_rows ? left : w->block_rows,
+                    expanded != NULL ? expanded : panel, p, k, sums + ((p - begin) * w->room + first) * PANEL, ahead
+                );
+            }
+        }
+    for (int64_t p = begin; p < end; p++)
+        for (int64_t r = 0; r < w->rows; r++) write_y(c, w->from + r, p, sums + ((p - begin) * w->room + r) * PANEL);
+}
+
+static PANEL_TARGET void multiply_shares(void *work, int64_t first, int64_t last) {
+    struct chunk *w = work;
+    const struct matmul_kind *kind = w->kind;
+    const int64_t panels = num_panels(w->c->out);
+    void *expanded = kind->expand == NULL ? NULL : lepton_scratch(EXPANDED_PANEL, kind->expanded_bytes);
+    float *sums = lepton_scratch(SUMS, w->share * w->room * PANEL * 4);
+    if (sums == NULL || (kind->expand != NULL && expanded == NULL)) {
+        __atomic_store_n(&w->has_memory, 0, __ATOMIC_RELAXED);
+        return;
+    }
+    if (kind->enter != NULL) kind->enter();
+    for (int64_t s = first; s < last; s++) {
+        const int64_t end = (s + 1) * w->share < panels ? (s + 1) * w->share : panels;
+        multiply_share(w, s * w->share, end, sums, expanded);
+    }
+    if (kind->leave != NULL) kind->leave();
+}
+
 /* All rows with all panels. A chunk of rows at a time goes over the weights, each share of panels by one thread. 0, or 1 when
    there is no memory. */
 static inline PANEL_TARGET int matmul(const struct matmul_call *c, const struct matmul_kind *kind) {
     const int64_t most = c->rows < CHUNK_ROWS ? c->rows : CHUNK_ROWS, room = up_to(most, kind->unit);
     char *packed = lepton_scratch(PRODUCT_ROWS, room * kind->row_bytes);
-    int has_memory = packed != NULL;
-    for (int64_t from = 0; has_memory && from < c->rows; from += CHUNK_ROWS) {
-        const int64_t rows = c->rows - from < CHUNK_ROWS ? c->rows - from : CHUNK_ROWS;
-        const int64_t least = (rows + kind->rows - 1) / kind->rows;
-        const int64_t block_rows = up_to((rows + least - 1) / least, kind->unit), blocks = (rows + block_rows - 1) / block_rows;
-        const int64_t panels = num_panels(c->out), share = panels_a_share(c, kind->group, blocks);
-        const char *nothing = kind->can_skip ? NULL : packed;
-#pragma omp parallel num_threads(c->threads)
-        {
-            void *expanded = kind->expand == NULL ? NULL : lepton_scratch(EXPANDED_PANEL, kind->expanded_bytes);
-            float *sums = lepton_scratch(SUMS, share * room * PANEL * 4); /* [share][room][PANEL] */
-            const int can_run = sums != NULL && (kind->expand == NULL || expanded != NULL);
-            if (!can_run) {
-#pragma omp atomic write
-                has_memory = 0;
-            }
-            if (kind->enter != NULL) kind->enter();
-#pragma omp for schedule(static)
-            for (int64_t b = 0; b < blocks; b++) {
-                const int64_t first = b * block_rows, left = rows - first;
-                kind->lay_out(c, from + first, left < block_rows ? left : block_rows, packed + first * kind->row_bytes);
-            }
-/* Long runs of panels first, for what is asked for ahead of a panel is the next one; short ones level what is left. */
-#pragma omp for schedule(guided, 1)
-            for (int64_t begin = 0; begin < panels; begin += share) {
-                const int64_t end = begin + share < panels ? begin + share : panels;
-                const char *first_panel = (const char *)c->weights + begin * kind->panel_bytes;
-                for (int64_t k = 0; can_run && k < c->in; k += kind->depth)
-                    for (int64_t p = begin; p < end; p++) {
-                        const char *panel = first_panel + (p - begin) * kind->panel_bytes;
-                        const char *here = panel + kind->panel_bytes * k / c->in;
-                        /* What comes behind: this depth of the next panel, the first one's next depth, or another share. */
-                        const char *next = panel + kind->panel_bytes;
-                        if (p < end - 1) next = here + kind->panel_bytes;
-                        else if (k + kind->depth < c->in) next = first_panel + kind->panel_bytes * (k + kind->depth) / c->in;
-                        if (expanded != NULL) kind->expand(c, panel, k, expanded);
-                        for (int64_t b = 0; b < blocks; b++) {
-                            const int64_t first = b * block_rows, left = rows - first;
-                            /* Weights to ask for meanwhile: the next ones during the last block, those just ahead during
-                               the only one, unless that is done faster than memory comes. */
-                            const char *soon = blocks > 1 ? next : here + READ_AHEAD;
-                            const char *ahead = b < blocks - 1 || rows < READ_AHEAD_ROWS ? nothing : soon;
-                            kind->multiply(
-                                c, packed + first * kind->row_bytes, left < block_rows ? left : block_rows,
-                                expanded != NULL ? expanded : panel, p, k, sums + ((p - begin) * room + first) * PANEL, ahead
-                            );
-                        }
-                    }
-                for (int64_t p = begin; can_run && p < end; p++)
-                    for (int64_t r = 0; r < rows; r++) write_y(c, from + r, p, sums + ((p - begin) * room + r) * PANEL);
-            }
-            if (kind->leave != NULL) kind->leave();
-        }
+    struct chunk w = {.c = c, .kind = kind, .packed = packed, .room = room, .has_memory = packed != NULL};
+    for (; w.has_memory && w.from < c->rows; w.from += CHUNK_ROWS) {
+        w.rows = c->rows - w.from < CHUNK_ROWS ? c->rows - w.from : CHUNK_ROWS;
+        const int64_t least = (w.rows + kind->rows - 1) / kind->rows;
+        w.block_rows = up_to((w.rows + least - 1) / least, kind->unit);
+        w.blocks = (w.rows + w.block_rows - 1) / w.block_rows;
+        w.share = panels_a_share(c, kind->group, w.blocks);
+        lepton_share(c->threads, w.blocks, ONE_BY_ONE, lay_out_blocks, &w);
+        /* Long runs of panels first, for what is asked for ahead of a panel is the next one; short ones level what is left. */
+        lepton_share(c->threads, (num_panels(c->out) + w.share - 1) / w.share, LONG_RUNS, multiply_shares, &w);
     }
-    return !has_memory;
+    return !w.has_memory;
 }
 
 #endif

@@ -110,14 +110,15 @@ static TARGET void pack_pairs(const uint16_t *weights, int64_t in, int64_t k, ui
 }
 
 /* To panels of ceil(in / 2) * 32 words of 32 bits. */
-void lepton_pack_bf16_512(
-    const struct panels *to, const void *rows, int64_t kind, int64_t first, int64_t count, int64_t threads
-) {
+static void pack_panels(void *work, int64_t begin, int64_t end) {
+    const struct packing *w = work;
+    const struct panels *to = w->to;
+    const void *rows = w->rows;
+    const int64_t kind = w->kind, first = w->first, count = w->count;
     const int64_t in = to->in, pairs = up_to(in, 2) / 2;
     const uint16_t *weights = rows;
     (void)kind;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t p = 0; p < num_panels(count); p++) {
+    for (int64_t p = begin; p < end; p++) {
         uint32_t *panel = (uint32_t *)to->bytes + (first + p * PANEL) * pairs;
         int64_t k = 0;
         if ((p + 1) * PANEL <= count)
@@ -130,5 +131,12 @@ void lepton_pack_bf16_512(
                 panel[k * PANEL + i] = pair;
             }
     }
+}
+
+void lepton_pack_bf16_512(
+    const struct panels *to, const void *rows, int64_t kind, int64_t first, int64_t count, int64_t threads
+) {
+    struct packing work = {to, rows, kind, first, count};
+    lepton_share(threads, num_panels(count), LONG_RUNS, pack_panels, &work);
 }
 #endif

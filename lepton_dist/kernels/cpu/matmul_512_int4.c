@@ -213,12 +213,13 @@ static TARGET_512 void pack_group(const void *weights, int64_t kind, int64_t at,
 }
 
 /* To panels of ceil(in / group) * (group * 16 + 64) bytes. */
-void lepton_pack_int4_512(
-    const struct panels *to, const void *rows, int64_t kind, int64_t first, int64_t count, int64_t threads
-) {
+static void pack_panels(void *work, int64_t begin, int64_t end) {
+    const struct packing *w = work;
+    const struct panels *to = w->to;
+    const void *rows = w->rows;
+    const int64_t kind = w->kind, first = w->first, count = w->count;
     const int64_t in = to->in, group = to->group, groups = (in + group - 1) / group;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t p = 0; p < num_panels(count); p++)
+    for (int64_t p = begin; p < end; p++)
         for (int64_t i = 0; i < PANEL; i++) {
             const int64_t row = p * PANEL + i;
             uint8_t *panel = (uint8_t *)to->bytes + (first / PANEL + p) * groups * group_bytes(group);
@@ -227,5 +228,12 @@ void lepton_pack_int4_512(
                     rows, kind, row * in + g * group, row < count ? in - g * group : 0, group, panel + g * group_bytes(group), i
                 );
         }
+}
+
+void lepton_pack_int4_512(
+    const struct panels *to, const void *rows, int64_t kind, int64_t first, int64_t count, int64_t threads
+) {
+    struct packing work = {to, rows, kind, first, count};
+    lepton_share(threads, num_panels(count), LONG_RUNS, pack_panels, &work);
 }
 #endif

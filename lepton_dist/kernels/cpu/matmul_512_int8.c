@@ -77,16 +77,24 @@ static TARGET_512 float pack_row(const void *weights, int64_t kind, int64_t at, 
 }
 
 /* To panels of `in`, rounded up to 4, times 32 bytes, and scales: round to nearest, the largest of each row to 127. */
-void lepton_pack_int8_512(
-    const struct panels *to, const void *rows, int64_t kind, int64_t first, int64_t count, int64_t threads
-) {
+static void pack_panels(void *work, int64_t begin, int64_t end) {
+    const struct packing *w = work;
+    const struct panels *to = w->to;
+    const void *rows = w->rows;
+    const int64_t kind = w->kind, first = w->first, count = w->count;
     const int64_t in = to->in;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t p = 0; p < num_panels(count); p++)
+    for (int64_t p = begin; p < end; p++)
         for (int64_t i = 0; i < PANEL; i++) {
             const int64_t row = p * PANEL + i;
             uint8_t *panel = (uint8_t *)to->bytes + (first + p * PANEL) * up_to(in, 4);
             to->scales[first + row] = pack_row(rows, kind, row < count ? row * in : -1, in, panel + i * 4);
         }
+}
+
+void lepton_pack_int8_512(
+    const struct panels *to, const void *rows, int64_t kind, int64_t first, int64_t count, int64_t threads
+) {
+    struct packing work = {to, rows, kind, first, count};
+    lepton_share(threads, num_panels(count), LONG_RUNS, pack_panels, &work);
 }
 #endif

@@ -98,14 +98,15 @@ static TARGET void pack_square(const uint16_t *const *rows, int64_t k, uint16_t 
 }
 
 /* To panels of [in][16] words of 16 bits. */
-void lepton_pack_bf16(
-    const struct panels *to, const void *rows, int64_t kind, int64_t first, int64_t count, int64_t threads
-) {
+static void pack_panels(void *work, int64_t begin, int64_t end) {
+    const struct packing *w = work;
+    const struct panels *to = w->to;
+    const void *rows = w->rows;
+    const int64_t kind = w->kind, first = w->first, count = w->count;
     const int64_t in = to->in;
     const uint16_t *weights = rows;
     (void)kind;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t p = 0; p < num_panels(count); p++) {
+    for (int64_t p = begin; p < end; p++) {
         uint16_t *panel = (uint16_t *)to->bytes + (first + p * PANEL) * in;
         const uint16_t *of_panel[PANEL];
         int64_t k = 0;
@@ -119,5 +120,12 @@ void lepton_pack_bf16(
                 panel[k * PANEL + (i % 8) * 2 + i / 8] = row < count ? weights[row * in + k] : 0;
             }
     }
+}
+
+void lepton_pack_bf16(
+    const struct panels *to, const void *rows, int64_t kind, int64_t first, int64_t count, int64_t threads
+) {
+    struct packing work = {to, rows, kind, first, count};
+    lepton_share(threads, num_panels(count), LONG_RUNS, pack_panels, &work);
 }
 #endif

@@ -280,17 +280,25 @@ static TARGET void pack_row(
 }
 
 /* To panels of ceil(in / group) * (group * 8 + 32) bytes. */
-void lepton_pack_int4(
-    const struct panels *to, const void *rows, int64_t kind, int64_t first, int64_t count, int64_t threads
-) {
+static void pack_panels(void *work, int64_t begin, int64_t end) {
+    const struct packing *w = work;
+    const struct panels *to = w->to;
+    const void *rows = w->rows;
+    const int64_t kind = w->kind, first = w->first, count = w->count;
     const struct matmul_call sizes = {.in = to->in, .group = to->group};
     const int64_t panel_bytes = num_groups(&sizes) * 2 * half_bytes(&sizes);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t p = 0; p < num_panels(count); p++)
+    for (int64_t p = begin; p < end; p++)
         for (int64_t i = 0; i < PANEL; i++) {
             const int64_t row = p * PANEL + i;
             uint8_t *panel = (uint8_t *)to->bytes + (first / PANEL + p) * panel_bytes;
             pack_row(&sizes, rows, kind, row < count ? row * to->in : -1, panel, i);
         }
+}
+
+void lepton_pack_int4(
+    const struct panels *to, const void *rows, int64_t kind, int64_t first, int64_t count, int64_t threads
+) {
+    struct packing work = {to, rows, kind, first, count};
+    lepton_share(threads, num_panels(count), LONG_RUNS, pack_panels, &work);
 }
 #endif

@@ -105,14 +105,22 @@ static TARGET void pack_panel(
 }
 
 /* To panels of (in + in % 2) * 16 bytes, and scales: round to nearest, the largest of each row to 127. */
-void lepton_pack_int8(
-    const struct panels *to, const void *rows, int64_t kind, int64_t first, int64_t count, int64_t threads
-) {
+static void pack_panels(void *work, int64_t begin, int64_t end) {
+    const struct packing *w = work;
+    const struct panels *to = w->to;
+    const void *rows = w->rows;
+    const int64_t kind = w->kind, first = w->first, count = w->count;
     const int64_t in = to->in, padded = in + in % 2;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t p = 0; p < num_panels(count); p++) {
+    for (int64_t p = begin; p < end; p++) {
         const int64_t row = p * PANEL, feature = first + row;
         pack_panel(rows, kind, row * in, count - row, in, (int8_t *)to->bytes + feature * padded, to->scales + feature);
     }
+}
+
+void lepton_pack_int8(
+    const struct panels *to, const void *rows, int64_t kind, int64_t first, int64_t count, int64_t threads
+) {
+    struct packing work = {to, rows, kind, first, count};
+    lepton_share(threads, num_panels(count), LONG_RUNS, pack_panels, &work);
 }
 #endif

@@ -157,6 +157,37 @@ INLINE int64_t kv_heads_a_time(const struct paged_call *c, int64_t most) {
     return 1;
 }
 
+/* A call, and how its tasks are taken: some KV heads at a time, `parts` times for all. */
+struct attention {
+    const struct paged_call *c;
+    int64_t heads, parts;
+    int few, tiles;
+};
+
+static void attend_some(void *work, int64_t begin, int64_t end) {
+    const struct attention *w = work;
+    const struct paged_call *c = w->c;
+    const int64_t count = c->num_tasks * w->parts;
+    union {
+        struct rows rows;
+#if defined(HAS_AVX512)
+        struct tile_work tile;
+#endif
+    } room;
+    /* The last tasks of a prompt see the most keys: the longest first, so that threads end together. */
+    for (int64_t n = begin; n < end; n++) {
+        const int64_t i = count - 1 - n, *task = c->tasks + i / w->parts * 4, first = i % w->parts * w->heads;
+#if defined(HAS_AVX512)
+        if (w->tiles) {
+            attend_tiles(c, task, first, w->heads, &room.tile);
+            continue;
+        }
+#endif
+        if (w->few && task[1] == 1) decode(c, task, first, w->heads);
+        else attend(c, task, first, &room.rows);
+    }
+}
+
 /* 0, or 1 when the shape is outside what this file can do. The call is only read. */
 int lepton_paged_attention(const struct paged_call *c) {
     const int64_t group = c->heads / c->kv_heads;
@@ -169,29 +200,8 @@ int lepton_paged_attention(const struct paged_call *c) {
     const int tiles = 0;
 #endif
     const int64_t heads = kv_heads_a_time(c, tiles ? MAX_ROWS / group : few ? most_kv_heads(group) : 1);
-    const int64_t parts = c->kv_heads / heads, count = c->num_tasks * parts;
-#pragma omp parallel num_threads(c->threads)
-    {
-        union {
-            struct rows rows;
-#if defined(HAS_AVX512)
-            struct tile_work tile;
-#endif
-        } work;
-        /* The last tasks of a prompt see the most keys: the longest first, so that threads end together. */
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = count - 1; i >= 0; i--) {
-            const int64_t *task = c->tasks + i / parts * 4, first = i % parts * heads;
-#if defined(HAS_AVX512)
-            if (tiles) {
-                attend_tiles(c, task, first, heads, &work.tile);
-                continue;
-            }
-#endif
-            if (few && task[1] == 1) decode(c, task, first, heads);
-            else attend(c, task, first, &work.rows);
-        }
-    }
+    struct attention work = {c, heads, c->kv_heads / heads, few, tiles};
+    lepton_share(c->threads, c->num_tasks * work.parts, ONE_BY_ONE, attend_some, &work);
     return 0;
 }
 #endif

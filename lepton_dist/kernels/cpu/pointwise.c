@@ -4,18 +4,33 @@
  */
 #if defined(__x86_64__)
 #include "pointwise.h"
+#include "team.h"
 #include "vector.h"
 
 #define SMALL 16384 /* values that one thread handles before a second could have woken up */
 
 /* hidden float32 [rows, dim] += delta [rows, dim] of the kind, where there is one; then its root mean square norm
    (arXiv:1910.07467) times weight float32 [dim] -> y [rows, dim] of the kind. */
-TARGET void lepton_rms_norm(
-    float *hidden, const void *delta, const float *weight, void *y, int64_t rows, int64_t dim, int64_t kind, float eps,
-    int64_t threads
-) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * dim > SMALL)
-    for (int64_t r = 0; r < rows; r++) {
+struct rms_norm {
+    float *hidden;
+    const void *delta;
+    const float *weight;
+    void *y;
+    int64_t dim;
+    int64_t kind;
+    float eps;
+};
+
+static TARGET void rms_norm_of_rows(void *work, int64_t first_row, int64_t last_row) {
+    const struct rms_norm *w = work;
+    float *hidden = w->hidden;
+    const void *delta = w->delta;
+    const float *weight = w->weight;
+    void *y = w->y;
+    const int64_t dim = w->dim;
+    const int64_t kind = w->kind;
+    const float eps = w->eps;
+    for (int64_t r = first_row; r < last_row; r++) {
         float *x = hidden + r * dim, added[64];
         float squares = 0;
         for (int64_t k0 = 0; k0 < dim; k0 += 64) {
@@ -35,10 +50,29 @@ TARGET void lepton_rms_norm(
     }
 }
 
+void lepton_rms_norm(
+    float *hidden, const void *delta, const float *weight, void *y, int64_t rows, int64_t dim, int64_t kind, float eps,
+    int64_t threads
+) {
+    struct rms_norm work = {hidden, delta, weight, y, dim, kind, eps};
+    lepton_share(rows * dim > SMALL ? threads : 1, rows, LONG_RUNS, rms_norm_of_rows, &work);
+}
+
 /* y [rows, out] += bias float32 [out]. */
-TARGET void lepton_add_bias(void *y, const float *bias, int64_t rows, int64_t out, int64_t kind, int64_t threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * out > SMALL)
-    for (int64_t r = 0; r < rows; r++)
+struct add_bias {
+    void *y;
+    const float *bias;
+    int64_t out;
+    int64_t kind;
+};
+
+static TARGET void add_bias_of_rows(void *work, int64_t first_row, int64_t last_row) {
+    const struct add_bias *w = work;
+    void *y = w->y;
+    const float *bias = w->bias;
+    const int64_t out = w->out;
+    const int64_t kind = w->kind;
+    for (int64_t r = first_row; r < last_row; r++)
         for (int64_t k0 = 0; k0 < out; k0 += 64) {
             const int64_t count = out - k0 < 64 ? out - k0 : 64;
             float part[64];
@@ -48,14 +82,37 @@ TARGET void lepton_add_bias(void *y, const float *bias, int64_t rows, int64_t ou
         }
 }
 
+void lepton_add_bias(void *y, const float *bias, int64_t rows, int64_t out, int64_t kind, int64_t threads) {
+    struct add_bias work = {y, bias, out, kind};
+    lepton_share(rows * out > SMALL ? threads : 1, rows, LONG_RUNS, add_bias_of_rows, &work);
+}
+
 /* The root mean square norm of each of the first `heads` heads of x [rows, stride], times q_norm float32 [dim], and of the
    `kv_heads` behind them, times k_norm, in place. `dim` is at most 256. */
-TARGET void lepton_norm_heads(
-    void *x, const float *q_norm, const float *k_norm, int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim,
-    int64_t stride, int64_t kind, float eps, int64_t threads
-) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * (heads + kv_heads) * dim > SMALL)
-    for (int64_t r = 0; r < rows; r++)
+struct norm_heads {
+    void *x;
+    const float *q_norm;
+    const float *k_norm;
+    int64_t heads;
+    int64_t kv_heads;
+    int64_t dim;
+    int64_t stride;
+    int64_t kind;
+    float eps;
+};
+
+static TARGET void norm_heads_of_rows(void *work, int64_t first_row, int64_t last_row) {
+    const struct norm_heads *w = work;
+    void *x = w->x;
+    const float *q_norm = w->q_norm;
+    const float *k_norm = w->k_norm;
+    const int64_t heads = w->heads;
+    const int64_t kv_heads = w->kv_heads;
+    const int64_t dim = w->dim;
+    const int64_t stride = w->stride;
+    const int64_t kind = w->kind;
+    const float eps = w->eps;
+    for (int64_t r = first_row; r < last_row; r++)
         for (int64_t h = 0; h < heads + kv_heads; h++) {
             const float *weight = h < heads ? q_norm : k_norm;
             float head[256], squares = 0;
@@ -65,6 +122,14 @@ TARGET void lepton_norm_heads(
             for (int64_t k = 0; k < dim; k++) head[k] *= factor * weight[k];
             narrow(head, dim, x, kind, r * stride + h * dim);
         }
+}
+
+void lepton_norm_heads(
+    void *x, const float *q_norm, const float *k_norm, int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim,
+    int64_t stride, int64_t kind, float eps, int64_t threads
+) {
+    struct norm_heads work = {x, q_norm, k_norm, heads, kv_heads, dim, stride, kind, eps};
+    lepton_share(rows * (heads + kv_heads) * dim > SMALL ? threads : 1, rows, LONG_RUNS, norm_heads_of_rows, &work);
 }
 
 /* Up to 64 values from index k of row r of x [rows, 2 ffn], which holds gate, then up: silu(gate) * up -> y [rows, ffn]. */
@@ -77,12 +142,17 @@ INLINE void gate_some(const void *x, void *y, int64_t r, int64_t k, int64_t ffn,
     narrow(gate, count, y, kind, r * ffn + k);
 }
 
-/* The same code for either width of vectors. */
+struct gating {
+    const void *x;
+    void *y;
+    int64_t ffn, parts, kind;
+};
+
+/* The same code for either width of vectors: parts of up to 64 channels, those of a row behind one another. */
 #define GATE_ALL(NAME, INSTRUCTIONS) \
-    static INSTRUCTIONS void NAME(const void *x, void *y, int64_t rows, int64_t ffn, int64_t kind, int64_t threads) { \
-        const int64_t parts = (ffn + 63) / 64; \
-        _Pragma("omp parallel for schedule(static) num_threads(threads) if (rows * ffn > SMALL)") \
-        for (int64_t i = 0; i < rows * parts; i++) gate_some(x, y, i / parts, i % parts * 64, ffn, kind); \
+    static INSTRUCTIONS void NAME(void *work, int64_t first, int64_t last) { \
+        const struct gating *w = work; \
+        for (int64_t i = first; i < last; i++) gate_some(w->x, w->y, i / w->parts, i % w->parts * 64, w->ffn, w->kind); \
     }
 GATE_ALL(gate_all, TARGET)
 #if defined(HAS_AVX512)
@@ -91,23 +161,38 @@ GATE_ALL(gate_all_512, TARGET_512)
 
 /* All of x [rows, 2 ffn] -> y [rows, ffn]. */
 void lepton_gated_silu(const void *x, void *y, int64_t rows, int64_t ffn, int64_t kind, int64_t threads) {
+    struct gating work = {x, y, ffn, (ffn + 63) / 64, kind};
+    range_function *run = gate_all;
 #if defined(HAS_AVX512)
-    if (lepton_vector_level() == AVX512) {
-        gate_all_512(x, y, rows, ffn, kind, threads);
-        return;
-    }
+    if (lepton_vector_level() == AVX512) run = gate_all_512;
 #endif
-    gate_all(x, y, rows, ffn, kind, threads);
+    lepton_share(rows * ffn > SMALL ? threads : 1, rows * work.parts, LONG_RUNS, run, &work);
 }
 
 /* Rotate the first 2 * half channels of each of the first `heads` heads of x [rows, stride], in place, by
    cos and sin float32 [rows, half] (arXiv:2104.09864, halves against each other). */
-TARGET void lepton_rotate(
-    void *x, const float *cos, const float *sin, int64_t rows, int64_t heads, int64_t dim, int64_t half, int64_t stride,
-    int64_t kind, int64_t threads
-) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * heads * dim > SMALL)
-    for (int64_t r = 0; r < rows; r++)
+struct rotate {
+    void *x;
+    const float *cos;
+    const float *sin;
+    int64_t heads;
+    int64_t dim;
+    int64_t half;
+    int64_t stride;
+    int64_t kind;
+};
+
+static TARGET void rotate_of_rows(void *work, int64_t first_row, int64_t last_row) {
+    const struct rotate *w = work;
+    void *x = w->x;
+    const float *cos = w->cos;
+    const float *sin = w->sin;
+    const int64_t heads = w->heads;
+    const int64_t dim = w->dim;
+    const int64_t half = w->half;
+    const int64_t stride = w->stride;
+    const int64_t kind = w->kind;
+    for (int64_t r = first_row; r < last_row; r++)
         for (int64_t h = 0; h < heads; h++) {
             float first[256], second[256], turned[256];
             const int64_t at = r * stride + h * dim;
@@ -121,38 +206,67 @@ TARGET void lepton_rotate(
         }
 }
 
+void lepton_rotate(
+    void *x, const float *cos, const float *sin, int64_t rows, int64_t heads, int64_t dim, int64_t half, int64_t stride,
+    int64_t kind, int64_t threads
+) {
+    struct rotate work = {x, cos, sin, heads, dim, half, stride, kind};
+    lepton_share(rows * heads * dim > SMALL ? threads : 1, rows, LONG_RUNS, rotate_of_rows, &work);
+}
+
 /* Put key and value [rows, heads, dim] of the kind, rows `stride` apart, into slots (block * block_tokens + place) of the
    arenas [blocks, heads, block_tokens, dim]. 0, or 1, and nothing written, where a slot is outside of them. */
-TARGET int lepton_write_cache(
-    const void *key, const void *value, const int64_t *slots, void *keys, void *values, int64_t rows, int64_t heads,
-    int64_t dim, int64_t block_tokens, int64_t blocks, int64_t stride, int64_t kind, int64_t cache_kind, int64_t threads
-) {
-    int is_outside = 0;
-    for (int64_t r = 0; r < rows; r++) is_outside |= slots[r] < 0 || slots[r] >= blocks * block_tokens;
-    if (is_outside) return 1;
-    const void *from[2] = {key, value};
-    void *to[2] = {keys, values};
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * heads * dim > SMALL)
-    for (int64_t r = 0; r < rows; r++)
+struct entering {
+    const void *from[2];
+    const int64_t *slots;
+    void *to[2];
+    int64_t heads, dim, block_tokens, stride, kind, cache_kind;
+};
+
+static TARGET void enter_rows(void *work, int64_t first_row, int64_t last_row) {
+    const struct entering *w = work;
+    const int64_t dim = w->dim;
+    for (int64_t r = first_row; r < last_row; r++)
         for (int i = 0; i < 2; i++)
-            for (int64_t h = 0; h < heads; h++) {
-                const int64_t block = slots[r] / block_tokens, inside = slots[r] % block_tokens;
-                const int64_t at = ((block * heads + h) * block_tokens + inside) * dim;
+            for (int64_t h = 0; h < w->heads; h++) {
+                const int64_t block = w->slots[r] / w->block_tokens, inside = w->slots[r] % w->block_tokens;
+                const int64_t at = ((block * w->heads + h) * w->block_tokens + inside) * dim;
                 for (int64_t k0 = 0; k0 < dim; k0 += 64) {
                     const int64_t count = dim - k0 < 64 ? dim - k0 : 64;
                     float part[64];
-                    widen(from[i], kind, r * stride + h * dim + k0, count, part);
-                    narrow(part, count, to[i], cache_kind, at + k0);
+                    widen(w->from[i], w->kind, r * w->stride + h * dim + k0, count, part);
+                    narrow(part, count, w->to[i], w->cache_kind, at + k0);
                 }
             }
+}
+
+int lepton_write_cache(
+    const void *key, const void *value, const int64_t *slots, void *keys, void *values, int64_t rows, int64_t heads,
+    int64_t dim, int64_t block_tokens, int64_t blocks, int64_t stride, int64_t kind, int64_t cache_kind, int64_t threads
+) {
+    struct entering work = {{key, value}, slots, {keys, values}, heads, dim, block_tokens, stride, kind, cache_kind};
+    for (int64_t r = 0; r < rows; r++)
+        if (slots[r] < 0 || slots[r] >= blocks * block_tokens) return 1;
+    lepton_share(rows * heads * dim > SMALL ? threads : 1, rows, LONG_RUNS, enter_rows, &work);
     return 0;
 }
 
 /* For each row of scores float32 [rows, count] the index of its largest, the lowest at a tie -> ids [rows], and that
    score -> largest [rows]; NaN where one of the scores is NaN. */
-TARGET void lepton_arg_max(const float *scores, float *largest, int64_t *ids, int64_t rows, int64_t count, int64_t threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * count > 4 * SMALL)
-    for (int64_t r = 0; r < rows; r++) {
+struct arg_max {
+    const float *scores;
+    float *largest;
+    int64_t *ids;
+    int64_t count;
+};
+
+static TARGET void arg_max_of_rows(void *work, int64_t first_row, int64_t last_row) {
+    const struct arg_max *w = work;
+    const float *scores = w->scores;
+    float *largest = w->largest;
+    int64_t *ids = w->ids;
+    const int64_t count = w->count;
+    for (int64_t r = first_row; r < last_row; r++) {
         const float *x = scores + r * count;
         float most = -INFINITY;
         int64_t start = 0; /* of the first 1,024 scores that hold the largest */
@@ -178,5 +292,10 @@ TARGET void lepton_arg_max(const float *scores, float *largest, int64_t *ids, in
         largest[r] = is_nan ? NAN : most;
         ids[r] = start;
     }
+}
+
+void lepton_arg_max(const float *scores, float *largest, int64_t *ids, int64_t rows, int64_t count, int64_t threads) {
+    struct arg_max work = {scores, largest, ids, count};
+    lepton_share(rows * count > 4 * SMALL ? threads : 1, rows, LONG_RUNS, arg_max_of_rows, &work);
 }
 #endif
