@@ -32,35 +32,57 @@ def better_places(loads: Sequence[Load], prices: Prices) -> list[tuple[str, int,
 
     Again and again the last request of the replica that is done last goes to the one that is free first.
     """
-    donors = [(-load.seconds, index) for index, load in enumerate(loads) if len(load.queued) > len(load.asked)]
+    takers = [(load.seconds, index) for index, load in enumerate(loads) if load.has_slot]
+    if not takers:
+        return []
+    # Nobody takes from one that is done sooner: most replicas are neither donors nor takers.
+    late_s = min(takers)[0] * _GAIN
+    donors = [
+        (-load.seconds, index)
+        for index, load in enumerate(loads)
+        if load.seconds > late_s and len(load.queued) > len(load.asked)
+    ]
     if not donors:
         return []
-    takers = [(load.seconds, index) for index, load in enumerate(loads) if load.has_slot]
     heapq.heapify(donors)
     heapq.heapify(takers)
-    slots = {index: loads[index].slots - loads[index].num_requests for _, index in takers}
-    queues = {index: [key for key in loads[index].queued if key not in loads[index].asked] for _, index in donors}
+    queues: dict[int, list[str]] = {}
+    slots: dict[int, int] = {}
     moves = []
     while donors and takers:
         late_s, donor = heapq.heappop(donors)
         free_s, taker = takers[0]
-        queue, held, room = queues[donor], loads[donor].queued, loads[taker].capacity
-        key = queue[-1]
-        if held[key].most_tokens > room:
-            key = next((other for other in reversed(queue) if held[other].most_tokens <= room), "")
+        if free_s * _GAIN >= -late_s:
+            break  # nor would anyone gain who is done sooner
+        load, to = loads[donor], loads[taker]
+        queue = queues.get(donor)
+        key = _last_queued(load) if queue is None else queue[-1]
+        if load.queued[key].most_tokens > to.capacity:
+            queue = queues[donor] = _queue(load) if queue is None else queue
+            key = next((other for other in reversed(queue) if load.queued[other].most_tokens <= to.capacity), "")
             if not key:
                 continue
-        work_s = prices.work(loads[donor].queued[key], loads[donor].slots)
-        end_s = free_s + work_s / loads[taker].speed.value
+        work_s = prices.work(load.queued[key], load.slots)
+        end_s = free_s + work_s / to.speed.value
         if taker == donor or end_s * _GAIN >= -late_s:
             continue
+        queue = queues[donor] = _queue(load) if queue is None else queue
         queue.remove(key)
         moves.append((key, donor, taker))
-        slots[taker] -= 1
+        slots[taker] = slots.get(taker, to.slots - to.num_requests) - 1
         if slots[taker]:
             heapq.heapreplace(takers, (end_s, taker))
         else:
             heapq.heappop(takers)
-        if queues[donor]:
-            heapq.heappush(donors, (late_s + work_s / loads[donor].speed.value, donor))
+        if queue:
+            heapq.heappush(donors, (late_s + work_s / load.speed.value, donor))
     return moves
+
+
+def _queue(load: Load) -> list[str]:
+    """What was queued and not asked back."""
+    return [key for key in load.queued if key not in load.asked]
+
+
+def _last_queued(load: Load) -> str:
+    return next(key for key in reversed(load.queued) if key not in load.asked)

@@ -69,7 +69,9 @@ class LongestFirst:
         """Too few are left to fill anyone's time: each goes where it ends first, if it can start there."""
         given: list[tuple[str, int]] = []
         loads = self._fleet.loads
-        while 0 < len(self._backlog) <= len(loads) and (key := self._backlog.longest()) is not None:
+        if len(self._backlog) > len(loads) or not any(load.has_slot for load in loads):
+            return given
+        while len(self._backlog) and (key := self._backlog.longest()) is not None:
             work_s = self._work(key)
             ends = [(load.work_s + work_s) / load.speed.value for load in loads]
             replica = ends.index(min(ends))

@@ -124,9 +124,9 @@ def rough_request_s(target: Target, costs: CostModel, batch: int) -> float:
 
 def _summed_s(target: Target, costs: CostModel, batch: int) -> float:
     """What requests cost where no step holds up another one."""
-    return statistics.fmean(
-        costs.request_s(0, request.prompt_tokens, request.output_tokens, batch) for request in target.workload.typical
-    )
+    lengths = [(request.prompt_tokens, request.output_tokens) for request in target.workload.typical]
+    found = {length: costs.request_s(0, *length, batch) for length in dict.fromkeys(lengths)}
+    return statistics.fmean(found[length] for length in lengths)
 
 
 def _rounds_s(target: Target, cost: ReplicaCost, in_flight: int, batch: int) -> float:

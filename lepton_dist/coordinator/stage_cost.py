@@ -46,7 +46,8 @@ class Terms(NamedTuple):
 
     def plus(self, other: Terms) -> Terms:
         """Term by term."""
-        return Terms(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+        a, b, c, d, e, f = self
+        return Terms(a + other[0], b + other[1], c + other[2], d + other[3], e + other[4], f + other[5])
 
 
 @dataclass(frozen=True)
@@ -196,11 +197,13 @@ class StageCost:
 
     def terms(self, work: StepWork) -> Terms:
         """Seconds of the slowest rank."""
-        slowest = max((rank.terms(work) for rank in self._ranks), key=sum) if len(self._ranks) > 1 else None
-        weights, matmul, attention, overhead = slowest or self._ranks[0].terms(work)
-        sums, others, transfers = self._moved(work)
-        collectives = others + self._waited(work, sums, weights + matmul + attention + overhead)
-        return Terms(weights, matmul, attention, collectives, transfers, overhead)
+        ranks = self._ranks
+        slowest = ranks[0].terms(work) if len(ranks) == 1 else max((rank.terms(work) for rank in ranks), key=sum)
+        weights, matmul, attention, overhead = slowest
+        sums, others, transfers = self._moves.get(work[:2]) or self._moved(work)
+        if self._is_far:
+            sums = self._waited(work, sums, weights + matmul + attention + overhead)
+        return Terms(weights, matmul, attention, others + sums, transfers, overhead)
 
     def rank_seconds(self, work: StepWork) -> list[float]:
         """Seconds in which each rank of the stage computes, or moves what all wait for."""

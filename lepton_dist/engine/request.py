@@ -101,6 +101,11 @@ class Sequence:
         return again
 
     @property
+    def is_fresh(self) -> bool:
+        """Whether it has not begun: nothing was drawn for it, in no earlier try either."""
+        return len(self.tokens) == len(self.request.prompt) and not self.is_secluded
+
+    @property
     def prompt_length(self) -> int:
         """Tokens of the prompt."""
         return len(self.request.prompt)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from lepton_dist.engine.kv_blocks import KvBlocks
 from lepton_dist.engine.request import Sequence
 
+_FEW = 8  # sequences that are searched for one by one
+
 
 @dataclass(slots=True)
 class Chunk:
@@ -140,13 +142,17 @@ class Scheduler:
 
     def drop_waiting(self, keys: Container[str] | None = None) -> list[Sequence]:
         """Take out the sequences that have not begun, of these requests or of all, and return them."""
-        dropped: list[Sequence] = []
-        kept: deque[Sequence] = deque()
-        for sequence in self._waiting:
-            is_fresh = len(sequence.tokens) == sequence.prompt_length and not sequence.is_secluded
-            is_meant = keys is None or sequence.request.key in keys
-            (dropped if is_fresh and is_meant else kept).append(sequence)
-        self._waiting = kept
+        dropped = [
+            sequence
+            for sequence in self._waiting
+            if (keys is None or sequence.request.key in keys) and sequence.is_fresh
+        ]
+        if len(dropped) < _FEW:
+            for sequence in dropped:
+                self._waiting.remove(sequence)
+        else:
+            gone = set(dropped)
+            self._waiting = deque(sequence for sequence in self._waiting if sequence not in gone)
         return dropped
 
     def finish(self, sequence: Sequence) -> None:
