@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -13,9 +14,12 @@ MASK_WORDS = 32  # 64-bit words of an affinity mask that ranks exchange: 2,048 c
 
 
 def asked_threads() -> int | None:
-    """The threads that the job asks for: SLURM_CPUS_PER_TASK, then OMP_NUM_THREADS; None where neither is set."""
+    """The threads that the job asks for: SLURM_CPUS_PER_TASK, then OMP_NUM_THREADS; None where neither is set.
+
+    Of OpenMP's nested form, "4,2", the first number counts.
+    """
     for name in ("SLURM_CPUS_PER_TASK", "OMP_NUM_THREADS"):
-        value = os.environ.get(name, "")
+        value = os.environ.get(name, "").split(",")[0].strip()
         if value.isdigit() and int(value) > 0:
             return int(value)
     return None
@@ -28,6 +32,20 @@ def affinity_mask() -> list[int]:
         if core < MASK_WORDS * 64:
             words[core // 64] |= 1 << (core % 64)
     return [word - 2**64 if word >= 2**63 else word for word in words]
+
+
+def useful_threads(asked: int, share: int) -> tuple[int, str]:
+    """The threads to take where so many are asked for and `share` are this rank's fair ones; and a warning, or "".
+
+    Threads beyond the cores that this process may run on only wait for one another.
+    """
+    cores = max(1, min(len(os.sched_getaffinity(0)), math.ceil(min(cpu_quota(), 1 << 30))))
+    if asked <= cores:
+        return asked, ""
+    return share, (
+        f"warning: {asked} threads are asked for where this rank may use {cores} core(s): it takes {share}; set "
+        "--threads, SLURM_CPUS_PER_TASK or OMP_NUM_THREADS to what the allocation has"
+    )
 
 
 def fair_threads(masks: Sequence[Sequence[int]], mine: int) -> int:

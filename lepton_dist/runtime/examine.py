@@ -15,7 +15,7 @@ from lepton_dist.comm.calibrate import calibrate
 from lepton_dist.comm.devices import has_gpus, nccl_problem, see_gpus
 from lepton_dist.comm.group import Group
 from lepton_dist.comm.world import World
-from lepton_dist.config.machine import affinity_mask, asked_threads, available_bytes, fair_threads
+from lepton_dist.config.machine import affinity_mask, asked_threads, available_bytes, fair_threads, useful_threads
 from lepton_dist.errors import CheckpointError
 from lepton_dist.runtime.compute import measure_compute, measure_reduce
 from lepton_dist.runtime.facts import (
@@ -58,7 +58,8 @@ def examine(world: World, model: str = "", *, kinds: Sequence[str] = (), threads
             everyone.barrier()
             groups.append(_group_facts(everyone, "job"))
         pairs = _inside_nodes(world, everyone) + _between_nodes(world, everyone)
-        threads = threads or asked_threads() or fair_threads(masks, node.rank)
+        share = fair_threads(masks, node.rank)
+        threads, _ = useful_threads(threads or asked_threads() or share, share)
         compute, reduces = _measured(world, node, everyone, threads, kinds) if kinds else (None, [])
     looks = model and node.rank == 0
     shm_bytes, shm_free_bytes = _shared_memory()

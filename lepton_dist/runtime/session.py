@@ -14,7 +14,7 @@ from lepton_dist.comm.calibrate import calibrate
 from lepton_dist.comm.devices import Devices, pack_sight, see_gpus, unpack_sight
 from lepton_dist.comm.group import Group
 from lepton_dist.comm.world import World
-from lepton_dist.config.machine import affinity_mask, asked_threads, available_bytes, fair_threads
+from lepton_dist.config.machine import affinity_mask, asked_threads, available_bytes, fair_threads, useful_threads
 from lepton_dist.engine.decode_graphs import DecodeGraphs, bucket_sizes, graph_problem
 from lepton_dist.engine.kv_cache import KvCache
 from lepton_dist.engine.runner import StageRunner
@@ -95,7 +95,7 @@ def open_session(world: World, order: OpenSession, plan: Plan) -> tuple[Session 
         held,
         threads,
         device=_device_name(devices.device),
-        notices=notices,
+        notices=[*filter(None, [machines.warning]), *notices],
     )
     # A GPU is to have the next step before it ends this one; on a CPU a step is over when the call is.
     ahead = int(devices.device.type == "cuda" and len(opening.replica.stages) == 1)
@@ -178,11 +178,15 @@ class _Opening:
 
 @dataclass(frozen=True)
 class _Machines:
-    """What the ranks found out about one another: bytes of memory that each may use, and the GPUs that each sees."""
+    """What the ranks found out about one another: bytes of memory that each may use, and the GPUs that each sees.
+
+    `warning` is of this rank's threads, or empty.
+    """
 
     everyone: Group
     budgets: list[int]
     sights: list[Sight]
+    warning: str
 
 
 def _meet_machines(world: World, asked: int, plan: Plan) -> _Machines:
@@ -201,8 +205,9 @@ def _meet_machines(world: World, asked: int, plan: Plan) -> _Machines:
     here = world.nodes[world.rank]
     at_work = [rank for rank in range(world.size) if world.nodes[rank] == here and rank in {*plan.ranks, world.rank}]
     share = fair_threads([rows[rank][1:end] for rank in at_work], at_work.index(world.rank))
-    torch.set_num_threads(asked or asked_threads() or share)
-    return _Machines(everyone, [row[0] for row in rows], [unpack_sight(row[end:]) for row in rows])
+    threads, warning = useful_threads(asked or asked_threads() or share, share)
+    torch.set_num_threads(threads)
+    return _Machines(everyone, [row[0] for row in rows], [unpack_sight(row[end:]) for row in rows], warning)
 
 
 def _told_checkpoint(everyone: Group, order: OpenSession) -> Checkpoint:
