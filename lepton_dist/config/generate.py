@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def _checked(name: str, value: Any) -> Any:
 def _read(document: Document, base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not isinstance(document.values, dict):
         raise document.error("", "must be a mapping of settings")
-    known = [item.name for item in fields(GenerateConfig)]
+    known = [*_TYPES, "sampling"]
     values = {name: value for name, value in document.values.items() if value is not None}  # null: not given
     sampling = values.pop("sampling", {})
     if not isinstance(sampling, dict):

@@ -69,6 +69,7 @@ class Controller:
         self._refused: dict[int, SessionRefused] = {}
         self._closed: set[int] = set()
         self._abandoned: set[int] = set()
+        self._is_closing = False
         self._hears: Callable[[int, StepReport], object] | None = None
         self._examined: dict[int, RankFacts] = {}
 
@@ -224,13 +225,14 @@ class Controller:
         """Close the session on every rank; what is unfinished is given up."""
         blueprint = self._require_open()
         self._closed.clear()
+        self._is_closing = True  # a leader that has closed takes nothing more, and rows still come to their ends
         leaders = {replica.leader for replica in blueprint.plan.replicas}
         for rank in range(self.world.size):
             if rank in leaders or rank not in blueprint.plan.ranks:
                 self._rank.send(rank, CloseSession())
         timeout_s = blueprint.limits.step_timeout_s + CLOSE_TIMEOUT_S
         self._wait(lambda: set(range(self.world.size)) - self._closed, timeout_s, "closing the session")
-        self._blueprint = None
+        self._blueprint, self._is_closing = None, False
 
     def shutdown(self, code: int) -> None:
         """End every other rank with this exit code."""
@@ -279,7 +281,7 @@ class Controller:
             tokens = sum(len(completion.token_ids) for completion in output.completions)
             self._dispatcher.finished(key, None if output.failure else tokens)
         self._finished += self._soundness.ended(key, output)
-        if probes := self._soundness.probes():
+        if not self._is_closing and (probes := self._soundness.probes()):
             self._rank.send(self._require_open().plan.replicas[0].leader, Assign(probes))
 
     def _new_recorder(self, blueprint: Blueprint, order: OpenSession, cluster: Cluster | None) -> Recorder:
