@@ -35,6 +35,7 @@ from lepton_dist.text.tokenizer import Tokenizer
 EARLY_S = 0.3
 """An input that is read within so many seconds is judged before any rank loads."""
 PROGRESS_EVERY_S = 0.5
+MOST_A_TURN = 1024
 
 
 def run_batch(controller: Controller, interrupts: Interrupts, config: GenerateConfig) -> int:
@@ -188,8 +189,8 @@ class BatchRun:
 
     def _feed(self) -> bool:
         """Hand over what the balancer wants to see; False when the input is at its end."""
-        while self._controller.wants_more and not self._interrupts.is_requested:
-            item = self._ahead.take()
+        for _ in range(MOST_A_TURN):  # rows that are all bad must not keep this rank from its turn
+            item = self._ahead.take() if self._controller.wants_more and not self._interrupts.is_requested else None
             if item is None:
                 break
             self._start(item)
