@@ -10,6 +10,7 @@ from lepton_dist.comm.calibrate import calibrate, report
 from lepton_dist.comm.group import Group
 from lepton_dist.comm.tensors import SUPPORTED
 from lepton_dist.comm.world import World
+from lepton_dist.errors import GradientError
 
 pytestmark = pytest.mark.mpi(min_size=2)
 
@@ -129,7 +130,10 @@ def test_tensors_that_are_not_plain(carried: Group) -> None:
     scalar = carried.all_reduce(torch.tensor(carried.rank + 1))
     assert scalar.item() == sum(range(1, carried.size + 1))
     weight = torch.nn.Parameter(torch.ones(4))
-    assert carried.all_reduce(weight).tolist() == [float(carried.size)] * 4
+    with pytest.raises(GradientError, match="passes no gradient on"):  # before any rank waits for another
+        carried.all_reduce(weight)
+    with torch.no_grad():
+        assert carried.all_reduce(weight.detach()).tolist() == [float(carried.size)] * 4
     with torch.inference_mode():
         inner = carried.all_reduce(torch.ones(77))
     assert inner.tolist() == [float(carried.size)] * 77
